@@ -1,0 +1,330 @@
+"""Every option a user can set, with its range and its meaning: flags, TOML keys and defaults alike.
+
+Imports no torch, so that `--help` is instant. Sizes follow DESIGN's alphabet: C = n_embd channels,
+H = n_head query heads, K = n_kv_head key/value heads, D = head_dim, F = n_inner, V = vocab_size.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"]
+GATED_ACTIVATIONS: frozenset[str] = frozenset({"swiglu", "geglu"})
+MAX_SIZE = 2**24  # no real model is near it; larger numbers are typing errors, not sizes
+
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Options(BaseModel):
+    """Base of every group of options: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Options):
+    """The shape of a GPT. Nothing in here says how it is run."""
+
+    n_layer: Size = Field(12, description="number of blocks")
+    n_head: Size = Field(12, description="number of query heads")
+    n_kv_head: Size | None = Field(
+        None,
+        description="number of key/value heads: fewer than n_head is GQA, 1 is MQA (none: n_head)",
+    )
+    n_embd: Size = Field(768, description="channels of the residual stream")
+    n_inner: Size | None = Field(
+        None, description="width of the ffn (none: 4 n_embd; gated: 8/3 n_embd rounded up to 64)"
+    )
+    head_dim: Size | None = Field(None, description="channels per head (none: n_embd / n_head)")
+    block_size: Size = Field(1024, description="longest context in tokens")
+    vocab_size: Size | None = Field(
+        None, description="rows of the embedding (none: the tokenizer's size rounded up to 64)"
+    )
+    dropout: Fraction = Field(0.0, description="dropout probability, used while training")
+    bias: bool = Field(True, description="biases in linear layers and layernorms")
+    activation: Activation = Field("gelu_tanh", description="activation of the ffn")
+    norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="kind of norm")
+    norm_position: Literal["pre", "post", "sandwich"] = Field(
+        "pre", description="norms before each sub-layer, after the residual sum, or on both sides"
+    )
+    norm_eps: float = Field(1e-5, gt=0, lt=1, description="epsilon inside the norms")
+    position: Literal["learned", "sinusoidal", "rotary", "alibi", "none"] = Field(
+        "learned", description="how the model knows the order of tokens"
+    )
+    rotary_base: float = Field(10000.0, gt=1, description="base of the rotary frequencies (theta)")
+    rotary_interleaved: bool = Field(
+        False, description="rotary pairs channels (2i, 2i+1) instead of (i, i + D/2)"
+    )
+    window: Size | None = Field(
+        None, description="sliding attention window in tokens, the token itself included"
+    )
+    attn_softcap: float | None = Field(None, gt=0, description="tanh cap on attention scores")
+    logit_softcap: float | None = Field(None, gt=0, description="tanh cap on the logits")
+    qk_norm: bool = Field(False, description="rmsnorm on each head's queries and keys")
+    tie_head: bool = Field(True, description="the head shares the token embedding's weights")
+    causal: bool = Field(True, description="next-token model; false: bidirectional (masked LM)")
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> Self:
+        if self.head_dim is None and self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; "
+                f"choose a multiple, or set head_dim"
+            )
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}")
+        if self.position == "rotary" and self.head_size % 2:
+            raise ValueError(f"rotary positions need an even head_dim, found {self.head_size}")
+        if self.position == "sinusoidal" and self.n_embd % 2:
+            raise ValueError(f"sinusoidal positions need an even n_embd, found {self.n_embd}")
+        if self.window is not None and not self.causal:
+            raise ValueError("a sliding window needs causal attention")
+        return self
+
+    @property
+    def kv_heads(self) -> int:
+        """K: key/value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        """D: channels per head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def gated(self) -> bool:
+        """Whether the ffn has a gate branch."""
+        return self.activation in GATED_ACTIVATIONS
+
+    @property
+    def ffn_width(self) -> int:
+        """F: width of the ffn."""
+        if self.n_inner is not None:
+            return self.n_inner
+        return -(-8 * self.n_embd // 3 // 64) * 64 if self.gated else 4 * self.n_embd
+
+
+class DataOptions(Options):
+    """How text becomes tokens, where INPUT is not tokenised yet."""
+
+    kind: Literal["bpe", "char", "word"] = Field("bpe", description="kind of tokenizer to train")
+    vocab_size: Size = Field(8192, description="largest vocabulary that bpe and word may learn")
+    tokenizer: str | None = Field(None, description="folder or tokenizer.json to use as it is")
+    val_fraction: Fraction = Field(0.1, description="share held out for validation")
+    text_field: str = Field("text", description="field that holds the text in jsonl and parquet")
+
+
+class TokenizeOptions(DataOptions):
+    """Turn text into a folder of token shards and a tokenizer."""
+
+    inputs: list[str] = Field(description="text, jsonl or parquet files, or folders of them")
+    out: str = Field(description="data folder to write")
+    force: bool = Field(False, description="replace the folder if it exists")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class TrainOptions(Options):
+    """Train a GPT. Every default is printed and saved in the run folder."""
+
+    inputs: list[str] = Field(description="a data folder, or text, jsonl or parquet")
+    out: str = Field(description="run folder to write")
+    preset: str | None = Field(None, description="named shape to start from")
+    resume: bool = Field(
+        False, description="continue the run (start it where none exists; done where complete)"
+    )
+    init_from: str | None = Field(None, description="model whose weights to start from")
+    kernels: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="which operator bodies run"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="autocast precision (auto: bfloat16 on a GPU that has it, else float32)"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    steps: Size = Field(2000, description="optimiser steps in all")
+    max_seconds: float | None = Field(
+        None, gt=0, description="end the schedule and the run after this much training time"
+    )
+    batch_size: Size = Field(16, description="sequences per micro-batch")
+    accumulate: Size = Field(1, description="micro-batches per optimiser step")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate")
+    min_lr: float = Field(1e-4, ge=0, description="learning rate at the end of the schedule")
+    warmup_steps: int = Field(100, ge=0, description="steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="shape of the learning rate after the warm-up"
+    )
+    weight_decay: float = Field(0.1, ge=0, description="decay of matrices and embeddings")
+    beta1: Fraction = Field(0.9, description="AdamW beta1")
+    beta2: Fraction = Field(0.95, description="AdamW beta2")
+    grad_clip: float = Field(1.0, ge=0, description="largest gradient norm (0: no clipping)")
+    label_smoothing: Fraction = Field(0.0, description="label smoothing of the loss")
+    z_loss: float = Field(0.0, ge=0, description="weight of the z-loss")
+    eval_every: int = Field(250, ge=0, description="steps between evaluations (0: only at the end)")
+    eval_batches: int = Field(
+        50, ge=0, description="micro-batches per evaluation (0: the whole validation split)"
+    )
+    checkpoint_every: int = Field(
+        500,
+        ge=0,
+        description="steps between checkpoints (0: only at evaluations' best and the end)",
+    )
+    keep_checkpoints: Size = Field(2, description="checkpoints kept beside the best one")
+    sample_every: int = Field(0, ge=0, description="steps between printed samples (0: none)")
+    log_every: Size = Field(10, description="steps between lines of metrics.jsonl")
+    max_skips: int = Field(0, ge=0, description="steps with gradients that are not finite to skip")
+    seed: int = Field(1337, ge=0, lt=2**63, description="seed of weights, data order and dropout")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
+    data: DataOptions = Field(default_factory=DataOptions, description="tokenising INPUT")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        return self
+
+
+class SamplingOptions(Options):
+    """How the next token is chosen."""
+
+    max_new_tokens: Size = Field(100, description="tokens to generate at most")
+    temperature: float = Field(0.8, ge=0, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="sample from the K likeliest tokens only (0: all)")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the likeliest P of the mass")
+    min_p: Fraction = Field(0.0, description="drop tokens below P times the likeliest one")
+    repetition_penalty: float = Field(1.0, gt=0, description="divide the score of seen tokens")
+    stop: list[str] = Field(default_factory=list, description="text that ends the generation")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of the sampling")
+
+
+class GenerateOptions(SamplingOptions):
+    """Continue a prompt with a PyTorch model."""
+
+    model: str = Field(description="model folder, run folder, Hugging Face folder or hf:org/name")
+    prompt: list[str] = Field(description="text to continue; repeat the flag for a batch")
+    checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
+    context: Literal["error", "slide"] = Field(
+        "error", description="at the context edge: stop with an error, or drop the oldest tokens"
+    )
+    device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto")
+    kernels: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="which operator bodies run"
+    )
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class EvaluateOptions(Options):
+    """Loss and perplexity of a model, or of an exported folder, on text."""
+
+    model: str = Field(description="model, run, Hugging Face or exported folder, or hf:org/name")
+    data: list[str] = Field(description="a data folder, or text, jsonl or parquet")
+    split: Literal["auto", "train", "val"] = Field(
+        "auto", description="part of a data folder (auto: val where there is one)"
+    )
+    checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
+    text_field: str = Field("text", description="field that holds the text in jsonl and parquet")
+    batch_size: Size = Field(16, description="sequences per batch")
+    max_tokens: int = Field(0, ge=0, description="tokens to score at most (0: all)")
+    device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto")
+    kernels: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="which operator bodies run"
+    )
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class ExportOptions(Options):
+    """Export a model to ONNX, prove the export, and write the folder only if the proof holds."""
+
+    model: str = Field(description="model folder, run folder, Hugging Face folder or hf:org/name")
+    out: str = Field(description="exported folder to write")
+    force: bool = Field(False, description="replace the folder if it exists")
+    checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class ValidateOptions(Options):
+    """Prove again that an exported folder says what the model says."""
+
+    folder: str = Field(description="exported folder")
+    model: str = Field(description="the model it was exported from")
+    checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class RunOptions(SamplingOptions):
+    """Continue a prompt with an exported folder: onnxruntime, no PyTorch."""
+
+    folder: str = Field(description="exported folder")
+    prompt: list[str] = Field(description="text to continue")
+    context: Literal["error", "slide"] = Field(
+        "error", description="at the context edge: stop with an error, or drop the oldest tokens"
+    )
+    provider: str = Field("cpu", description="onnxruntime execution provider, such as cpu or cuda")
+    threads: int = Field(0, ge=0, description="threads of onnxruntime (0: physical cores)")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class DemoOptions(Options):
+    """The main job from text to the edge, offline, in minutes."""
+
+    out: str = Field("demo", description="folder for everything the demo writes")
+    seconds: float = Field(120.0, gt=0, description="training time in seconds")
+    force: bool = Field(False, description="replace the folder if it exists")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+class DoctorOptions(Options):
+    """What is installed, and which operator body would run here and why."""
+
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt-tiny": {
+        "description": "4 layers x 128 channels, context 128: seconds on a laptop",
+        "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
+    },
+    "gpt-demo": {
+        "description": "6 layers x 192 channels, context 128: the demo",
+        "model": {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128},
+    },
+    "transformer-2017": {
+        "description": "the classic decoder: ReLU, post-norm, sinusoidal positions",
+        "model": {
+            "n_layer": 6, "n_head": 8, "n_embd": 512, "n_inner": 2048, "block_size": 512,
+            "activation": "relu", "norm_position": "post", "position": "sinusoidal", "dropout": 0.1,
+        },
+    },
+    "gpt2": {
+        "description": "GPT-2 124M",
+        "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+    },
+    "gpt2-medium": {
+        "description": "GPT-2 355M",
+        "model": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
+    },
+    "gpt2-large": {
+        "description": "GPT-2 774M",
+        "model": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
+    },
+    "gpt2-xl": {
+        "description": "GPT-2 1.5B",
+        "model": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
+    },
+    "llama-110m": {
+        "description": "llama-like 110M: rotary, RMSNorm, SwiGLU, no biases",
+        "model": {
+            "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "n_inner": 2048,
+            "block_size": 1024, "bias": False, "activation": "swiglu", "norm": "rmsnorm",
+            "position": "rotary",
+        },
+    },
+    "llama-1b": {
+        "description": "llama-like 1B with grouped queries",
+        "model": {
+            "n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192,
+            "block_size": 2048, "bias": False, "activation": "swiglu", "norm": "rmsnorm",
+            "position": "rotary", "rotary_base": 500000.0,
+        },
+    },
+}  # fmt: skip

@@ -1,7 +1,7 @@
 """Folders that are written whole or not at all, and that can be checked before they are used.
 
-A folder is staged beside its target, synced to disk, and renamed into place, so that a crash, a full
-disk or a kill never leaves a half-written one. `manifest.json` lists every file with its sha256.
+A folder is staged beside its target, synced to disk, and renamed into place, so that a crash, a
+full disk or a kill never leaves a half-written one. `manifest.json` lists every file's sha256.
 This module is part of the edge: it imports no torch and nothing that only POSIX has.
 """
 

@@ -1,0 +1,42 @@
+# make demo: the main job, offline.   make test: the test suite.   Both set .venv up first.
+PYTHON ?= python3
+# Extra pip arguments, such as an --index-url with the build of torch that fits your machine.
+PIP_ARGS ?=
+BIN := .venv/bin
+# One thread per test process, and the working folder kept off the import path (see CONTRIBUTING).
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
+
+.PHONY: help setup demo test test-all lint format clean
+help:
+	@sed -n '1p' Makefile
+
+setup: .venv/.ready
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "gptopt needs Python >= 3.11: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[train,export,dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/gptopt demo --out demo --force
+
+test: setup
+	$(TEST_ENV) $(BIN)/pytest -n 2 -m 'not slow'
+
+test-all: setup
+	$(TEST_ENV) $(BIN)/pytest -n 2
+
+# mypy sees gptopt.kernels only in a built tree, where the folders lie as they are imported.
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lint
+	$(BIN)/python -c 'from setuptools import setup; setup()' --quiet build_py --build-lib build/lint
+	cd build/lint && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p gptopt
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist demo .venv *.egg-info

@@ -145,7 +145,7 @@ def _show(figures: dict[str, Any], out: Path) -> None:
         ("tokens/s, greedy", f"{figures['tokens_per_second_torch']:.0f}",
          f"{figures['tokens_per_second_onnxruntime']:.0f}"),
         ("parameters", f"{figures['parameters']:,}", ""),
-        ("loss, train / validation", f"{figures['train_loss']:.3f} / {figures['val_loss']:.3f}", ""),
+        ("loss, train / val", f"{figures['train_loss']:.3f} / {figures['val_loss']:.3f}", ""),
         ("largest logit error", "", error),
         ("greedy tokens agreeing", "", agreeing),
     ]  # fmt: skip

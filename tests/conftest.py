@@ -1,0 +1,82 @@
+"""Fixtures of every test: no network, a fixed seed, and a helper that runs the real command."""
+
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch):
+    """A test that opens a connection fails; sockets between processes of one machine are fine."""
+    connect = socket.socket.connect
+
+    def guarded(self, address):
+        local = self.family == getattr(socket, "AF_UNIX", None) or address[0] in (
+            "127.0.0.1",
+            "::1",
+            "localhost",
+        )
+        if not local:
+            raise RuntimeError(f"a test tried to reach {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def tinyshakespeare() -> Path:
+    """The text of a published measurement, where it lies beside the checkout."""
+    path = SHARED / "data" / "tinyshakespeare.txt"
+    if not path.is_file():
+        pytest.skip("tiny Shakespeare is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def gptopt() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run `gptopt ...` as a user would, in a process of its own."""
+
+    def run(*arguments: object, check: bool = True, **kwargs) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "gptopt", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})},
+            **kwargs,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr[-2000:]
+        return done
+
+    return run
+
+
+def pytest_collection_modifyitems(items):
+    """Tests marked gpu are skipped where there is none."""
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="no GPU on this machine")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)

@@ -1,0 +1,6 @@
+"""Text, jsonl and parquet to token shards, and shards to batches whose position can be saved."""
+
+from gptopt.data.sampler import Sampler
+from gptopt.data.shards import Dataset, TokenSplit
+
+__all__ = ["Dataset", "Sampler", "TokenSplit"]

@@ -1,0 +1,135 @@
+"""Which block comes next: a shuffled order that is a pure function of seed, epoch and position.
+
+Nothing is drawn while training, so the position alone resumes a run exactly.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptopt.errors import UserError
+
+Int64s = npt.NDArray[np.int64]
+
+
+def shuffled(count: int, *entropy: int) -> Int64s:
+    """A permutation of range(count) that depends on the entropy alone.
+
+    Philox words are sorted instead of calling Generator.permutation: numpy promises the same words
+    for ever, but not the same permutation (NEP 19).
+    """
+    words = _words(count, *entropy)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
+
+
+def _words(count: int, *entropy: int) -> npt.NDArray[np.uint64]:
+    return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
+
+
+class Sampler:
+    """Offsets of training blocks: an epoch cuts the tokens at a new place and shuffles the blocks.
+
+    A block is `block_size` inputs and the one token after them. The blocks of an epoch lie side by
+    side from a random start below `block_size`, so no input is seen twice in an epoch, and over the
+    epochs every token is seen in every place. A batch that reaches the end of an epoch goes on in
+    the next one. Of each `world * batch_size` blocks in a row, rank r takes the r-th part.
+
+    Raises:
+        UserError: there are fewer than block_size + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        n_tokens: int,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        split: str = "train",
+    ) -> None:
+        if n_tokens < block_size + 1:
+            raise UserError(
+                f"the {split} split has {n_tokens} tokens, a block needs block_size + 1 = "
+                f"{block_size + 1}; give more text or a smaller --model.block-size"
+            )
+        assert batch_size > 0
+        assert 0 <= rank < world
+        self._n_tokens = n_tokens
+        self._block_size = block_size
+        self._batch_size = batch_size
+        self._seed = seed
+        self._rank = rank
+        self._world = world
+        self._epoch = 0
+        self._position = 0  # blocks of this epoch that all ranks together have taken
+        self._order = self._epoch_order(0)
+
+    @property
+    def epoch(self) -> int:
+        """How many times the tokens were gone through whole."""
+        return self._epoch
+
+    def next(self) -> Int64s:
+        """The offsets (B,) of this rank's next blocks."""
+        taken = []
+        wanted = self._batch_size * self._world
+        while wanted:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._epoch_order(self._epoch)
+            part = self._order[self._position : self._position + wanted]
+            self._position += len(part)
+            wanted -= len(part)
+            taken.append(part)
+        start = self._rank * self._batch_size
+        return np.concatenate(taken)[start : start + self._batch_size]
+
+    def _epoch_order(self, epoch: int) -> Int64s:
+        """The offsets of all blocks of an epoch, shuffled."""
+        starts = min(self._block_size, self._n_tokens - self._block_size)
+        start = int(_words(1, self._seed, epoch, 0)[0] % np.uint64(starts))
+        blocks = (self._n_tokens - 1 - start) // self._block_size
+        return shuffled(blocks, self._seed, epoch, 1) * self._block_size + start
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it refers to, ready for JSON. It is the same on every rank."""
+        return {**self._identity(), "epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last block of the sampler that gave this state.
+
+        Batch size and world may differ from then.
+
+        Raises:
+            UserError: the state belongs to other data, another block size or seed.
+        """
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise UserError(
+                    f"the saved data position has {key}={state.get(key)!r}, this run has {value!r};"
+                    f" continue with the options and the data it was saved with"
+                )
+        order = self._epoch_order(self._counter(state, "epoch"))
+        position = self._counter(state, "position")
+        if position > len(order):
+            raise UserError(
+                f"the saved data position {position} is behind its epoch's {len(order)} blocks; "
+                f"continue from another checkpoint"
+            )
+        self._epoch, self._position, self._order = int(state["epoch"]), position, order
+
+    def _identity(self) -> dict[str, int]:
+        return {"n_tokens": self._n_tokens, "block_size": self._block_size, "seed": self._seed}
+
+    @staticmethod
+    def _counter(state: dict[str, Any], key: str) -> int:
+        value = state.get(key)
+        if not isinstance(value, int) or value < 0:
+            raise UserError(
+                f"the saved data position has {key}={value!r}, expected a count; "
+                f"continue from another checkpoint"
+            )
+        return value

@@ -1,1 +1,1 @@
-"""How fast, against whom, and how far from the limit."""
+"""How fast, against whom, and how far from the limit. Contenders are interleaved in one run."""

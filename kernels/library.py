@@ -1,0 +1,137 @@
+"""How an operator enters torch.library: defined once, with all that the compilers ask for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+# One handle for the whole package: the registrations live as long as it does.
+LIBRARY = torch.library.Library("gptopt", "FRAGMENT")
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    body: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    function: type[torch.autograd.Function] | None = None,
+) -> None:
+    """Define `gptopt::name` with its reference body for every device.
+
+    A faster body for one device is `LIBRARY.impl(name, body, "CUDA")` and nothing else.
+
+    Args:
+        name: the operator's name.
+        schema: arguments and results in torch.library's notation, all positional.
+        body: the reference body. No result may alias an argument or another result.
+        fake: the same results by shape, dtype and stride only.
+        flops: the number of operations, from the arguments with each tensor given as its shape.
+        function: the autograd Function around the operator, if it is differentiable.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gptopt::{name}", fake, lib=LIBRARY)
+    if function is not None:
+        apply = function.apply
+        LIBRARY.impl(name, lambda *args: apply(*args), "Autograd")
+    register_flop_formula(getattr(torch.ops.gptopt, name))(flops)
+
+
+def no_flops(*_: Any, **__: Any) -> int:
+    """Only matrix products count, as in torch's own table."""
+    return 0
+
+
+def below_autograd() -> Any:
+    """For a Function on the Autograd key: inside, calls go past autograd to the bodies."""
+    return torch._C._AutoDispatchBelowAutograd()
+
+
+def recompute_gradients(
+    body: Callable[..., Tensor | Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    output_mask: Sequence[bool],
+    grads: Sequence[Tensor | None],
+) -> tuple[Tensor, ...]:
+    """Gradients of the reference `body(*inputs)`, found by running it again under autograd.
+
+    Returns one tensor for each input: its gradient where `output_mask` asks for it, else one
+    without elements. `grads` belong to the body's results; None is a result that nobody used.
+    """
+    with _autograd_again(), torch.enable_grad():
+        leaves = [
+            None if x is None else x.detach().requires_grad_(wanted)
+            for x, wanted in zip(inputs, output_mask, strict=True)
+        ]
+        results = body(*leaves)
+        results = (results,) if isinstance(results, Tensor) else results
+        used = [
+            (result, grad)
+            for result, grad in zip(results, grads, strict=True)
+            if grad is not None and result.requires_grad
+        ]
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        found = iter(_grad(used, wanted))
+    taken = {_storage(grad) for grad in grads if grad is not None}
+    return tuple(
+        _own(next(found), taken) if x is not None and x.requires_grad else _nothing(leaves)
+        for x in leaves
+    )
+
+
+def fake_gradients(
+    inputs: Sequence[Tensor | None], output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """What `recompute_gradients` returns, by shape and dtype."""
+    return tuple(
+        _nothing(inputs) if x is None or not wanted else x.new_empty(x.shape)
+        for x, wanted in zip(inputs, output_mask, strict=True)
+    )
+
+
+def masked(gradients: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The gradients that were asked for, None in place of the others: what a Function returns."""
+    return tuple(
+        gradient if wanted else None
+        for gradient, wanted in zip(gradients, output_mask, strict=True)
+    )
+
+
+def _nothing(like: Sequence[Tensor | None]) -> Tensor:
+    first = like[0]
+    assert first is not None
+    return first.new_empty(0)
+
+
+def _own(gradient: Tensor, taken: set[int]) -> Tensor:
+    """Contiguous, and sharing memory with none of the tensors before it: operators may not."""
+    gradient = gradient.contiguous()
+    if _storage(gradient) in taken:
+        gradient = gradient.clone()
+    taken.add(_storage(gradient))
+    return gradient
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _grad(used: list[tuple[Tensor, Tensor]], wanted: list[Tensor]) -> Sequence[Tensor]:
+    if not wanted:
+        return ()
+    if not used:
+        return [torch.zeros_like(x) for x in wanted]
+    results, grads = zip(*used, strict=True)
+    return torch.autograd.grad(results, wanted, grads, allow_unused=True, materialize_grads=True)
+
+
+def _autograd_again() -> Any:
+    """Autograd records inside, also where a caller has switched its dispatch keys off."""
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), exclude)

@@ -1,0 +1,156 @@
+"""The train verb: decide whether to start, continue or stop, then train, draw and report."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptopt.config import TrainOptions
+from gptopt.errors import UserError, first_line
+from gptopt.log import say
+from gptopt.manifest import read_json, write_json
+from gptopt.training.checkpoints import Checkpoints, step_of
+from gptopt.training.folder import log_to_file, refuse_foreign, write_config
+from gptopt.training.hardware import device_name, dtype_name, environment, matmul_peak
+from gptopt.training.lock import hold_lock
+from gptopt.training.loop import Trainer
+from gptopt.training.metrics import METRICS, Metrics
+from gptopt.training.plot import draw_loss
+from gptopt.training.resume import refuse_changed_options
+from gptopt.training.session import Session, open_session
+from gptopt.training.state import load_state
+
+logger = logging.getLogger(__name__)
+
+RESULT = "result.json"  # its presence says that the run was finished
+ENVIRONMENT = "env.json"
+PICTURE = "loss.png"
+
+
+def run(options: TrainOptions) -> dict[str, Any]:
+    """Train as `gptopt.training.train` documents."""
+    out = Path(options.out)
+    refuse_foreign(out)
+    with hold_lock(out), log_to_file(out):
+        checkpoints = Checkpoints(out)
+        checkpoints.clean()
+        checkpoint = _checkpoint_to_resume(options, checkpoints)
+        result = _finished(options, out, checkpoint) or _train(options, out, checkpoint)
+    if not options.json_output:
+        _tell(result)
+    return result
+
+
+def _checkpoint_to_resume(options: TrainOptions, checkpoints: Checkpoints) -> Path | None:
+    found = checkpoints.all()
+    if not found:
+        return None
+    if not options.resume:
+        raise UserError(
+            f"{options.out}: holds a run already (last checkpoint {found[-1].name}); continue it"
+            f" with --resume, or choose another --out"
+        )
+    newest = checkpoints.newest()
+    if newest is None:
+        raise UserError(f"{checkpoints.folder}: every checkpoint is damaged; choose another --out")
+    return newest
+
+
+def _finished(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict[str, Any] | None:
+    """The result of a run that is complete already."""
+    if checkpoint is None or not (out / RESULT).is_file():
+        return None
+    state, saved = load_state(checkpoint)
+    refuse_changed_options(options, saved)
+    result = read_json(out / RESULT)
+    if not state.is_finished(options) or result.get("steps") != state.step:
+        return None
+    logger.info("%s: complete at step %d, nothing to do", out, state.step)
+    return {**result, "already_complete": True}
+
+
+def _train(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict[str, Any]:
+    (out / RESULT).unlink(missing_ok=True)
+    try:
+        session = open_session(options, out, checkpoint)
+        peak = matmul_peak(session.device, session.dtype)
+        write_config(out, options)
+        write_json(out / ENVIRONMENT, environment(session.device, session.dtype, options, peak))
+        # The checkpoint's own line is kept too, unless its step was not finished when it was saved.
+        first_dropped = session.state.step + (session.state.todo is None) if checkpoint else 0
+        Metrics(out).truncate(first_dropped)
+        _introduce(session, checkpoint)
+        Trainer(session, peak).run()
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        raise UserError(
+            f"{out}: out of memory ({first_line(error)}); choose a smaller --batch-size with"
+            f" --accumulate, a smaller model, or a shorter --model.block-size"
+        ) from None
+    result = _result(session, checkpoint)
+    write_json(out / RESULT, result)
+    return result
+
+
+def _introduce(session: Session, checkpoint: Path | None) -> None:
+    data, options = session.dataset, session.options
+    if checkpoint:
+        logger.info("%s: continuing from %s", session.out, checkpoint.name)
+    logger.info(
+        "%s parameters on %s (%s, %s); %s training and %s validation tokens; %s tokens a step",
+        f"{session.model.num_parameters():,}",
+        session.device,
+        device_name(session.device),
+        dtype_name(session.dtype),
+        f"{len(data.train):,}",
+        f"{len(data.val):,}" if data.val is not None else "no",
+        f"{options.batch_size * options.accumulate * session.model.config.block_size:,}",
+    )
+    if options.max_seconds is None and options.warmup_steps >= options.steps:
+        logger.warning(
+            "warmup_steps=%d is not below steps=%d: the run ends while warming up",
+            options.warmup_steps,
+            options.steps,
+        )
+
+
+def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
+    state, out, checkpoints = session.state, session.out, session.checkpoints
+    last, best = checkpoints.pointed("latest"), checkpoints.pointed("best")
+    drawn = draw_loss(out / METRICS, out / PICTURE, f"{out.name}: loss")
+    return {
+        "out": str(out),
+        "steps": state.step,
+        "stopped_by": state.stopped_by,
+        "train_loss": state.train_loss,
+        "val_loss": state.val_loss,
+        "best_val_loss": state.best_val_loss,
+        "best_step": state.best_step,
+        "tokens": state.tokens,
+        "seconds": state.seconds,
+        "tokens_per_second": state.tokens_per_second,
+        "mfu": state.mfu,
+        "skipped": state.skipped,
+        "parameters": session.model.num_parameters(),
+        "device": str(session.device),
+        "dtype": dtype_name(session.dtype),
+        "checkpoint": str(last) if last else None,
+        "best_checkpoint": str(best) if best else None,
+        "loss_curve": str(out / PICTURE) if drawn else None,
+        "resumed_from": step_of(checkpoint) if checkpoint else None,
+        "already_complete": False,
+    }
+
+
+def _tell(result: dict[str, Any]) -> None:
+    complete = " (was complete already)" if result["already_complete"] else ""
+    say(f"run          {result['out']}{complete}")
+    say(f"steps        {result['steps']} in {result['seconds']:.0f} s")
+    for name in ("train_loss", "val_loss", "best_val_loss"):
+        if result[name] is not None:
+            say(f"{name:<13}{result[name]:.4f}")
+    say(f"checkpoint   {result['best_checkpoint'] or result['checkpoint']}")
+    if result["loss_curve"]:
+        say(f"loss curve   {result['loss_curve']}")

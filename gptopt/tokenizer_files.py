@@ -115,6 +115,8 @@ def parse_backend(content: bytes, source: str) -> Any:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None  # merges skipped at random: for training only
         return backend
 
 

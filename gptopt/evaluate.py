@@ -1,0 +1,263 @@
+"""`gptopt evaluate`: mean loss over a whole split, the same way in PyTorch and in onnxruntime.
+
+Targets are counted exactly once: window w reads tokens wT .. wT+T-1 and predicts wT+1 .. wT+T, the
+last window is shorter. Every prediction is scored over the model's whole vocabulary. Torch is
+imported only for a PyTorch model, so an exported folder is evaluated without it.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptopt.config import DataOptions, EvaluateOptions
+from gptopt.data import open_dataset
+from gptopt.errors import CheckFailed, UserError
+from gptopt.log import progress, say
+from gptopt.runtime.edge import EdgeModel
+from gptopt.runtime.folder import is_edge_folder
+from gptopt.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from gptopt.data import Dataset, TokenSplit
+
+logger = logging.getLogger(__name__)
+
+Ints = npt.NDArray[np.int64]
+# inputs (B, T), targets (B, T) -> sum over the targets of -ln p, in nats
+Scorer = Callable[[Ints, Ints], float]
+
+_LOGITS_AT_ONCE = 2**26  # float32 logits of one batch in onnxruntime: 256 MiB
+_POSITIONS_AT_ONCE = 64  # whose log-softmax is computed in float64 at once
+_DECODED_TOKENS = 2**22  # bits per byte decode the split, which takes a second per million tokens
+
+
+def evaluate_split(
+    model: "nn.Module",
+    split: "TokenSplit",
+    *,
+    block_size: int,
+    batch_size: int,
+    max_batches: int = 0,
+) -> tuple[float, int]:
+    """Mean loss per token in nats, and how many tokens were predicted.
+
+    The model is put in evaluation mode and back; autocast is the caller's. It may be wrapped or
+    compiled: it is only called, as model(ids, targets).loss.
+
+    Args:
+        model: a causal GPT.
+        split: of a Dataset.
+        block_size: T, tokens per window.
+        batch_size: windows per batch.
+        max_batches: score only so many batches of windows, spread evenly over the split; 0: all.
+
+    Raises:
+        UserError: the split holds fewer than two tokens.
+    """
+    windows = list(_windows(_tokens_of(split), block_size, batch_size, max_batches))
+    return _mean_loss(torch_scorer(model), split, windows)
+
+
+def torch_scorer(model: "nn.Module") -> Scorer:
+    """Scores batches with a PyTorch model in evaluation mode, without gradients."""
+    import torch
+
+    device = next(model.parameters()).device
+
+    def score(inputs: Ints, targets: Ints) -> float:
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                ids, labels = (torch.from_numpy(part).to(device) for part in (inputs, targets))
+                return float(model(ids, labels).loss) * targets.size
+        finally:
+            model.train(training)
+
+    return score
+
+
+def edge_scorer(model: EdgeModel) -> Scorer:
+    """Scores batches with an exported model, few enough windows at a time to fit in memory."""
+
+    def score(inputs: Ints, targets: Ints) -> float:
+        T, V = inputs.shape[1], model.config["vocab_size"]
+        step = max(1, _LOGITS_AT_ONCE // (T * V))
+        total = 0.0
+        for begin in range(0, len(inputs), step):
+            logits, _ = model.forward(inputs[begin : begin + step])
+            flat = logits.reshape(-1, V)
+            total += _negative_log_likelihood(flat, targets[begin : begin + step].ravel())
+        return total
+
+    return score
+
+
+def _negative_log_likelihood(logits: npt.NDArray[np.float32], targets: Ints) -> float:
+    """Sum over N of -ln softmax(logits (N, V))[targets (N,)], in float64."""
+    total = 0.0
+    for begin in range(0, len(targets), _POSITIONS_AT_ONCE):
+        rows = logits[begin : begin + _POSITIONS_AT_ONCE].astype(np.float64)
+        labels = targets[begin : begin + _POSITIONS_AT_ONCE]
+        rows -= rows.max(axis=-1, keepdims=True)
+        chosen = rows[np.arange(len(rows)), labels]
+        total += float((np.log(np.exp(rows).sum(axis=-1)) - chosen).sum())
+    return total
+
+
+def _windows(
+    tokens: int, block_size: int, batch_size: int, max_batches: int = 0
+) -> Iterator[tuple[Ints, int]]:
+    """(offsets (B,), T) of batches that together predict tokens 1 .. tokens - 1 once each."""
+    whole, rest = divmod(tokens - 1, block_size)
+    picked = np.arange(whole, dtype=np.int64)
+    if 0 < max_batches * batch_size < whole:
+        # Deterministic and from everywhere, so that losses along a run can be compared.
+        count = max_batches * batch_size
+        picked, rest = np.arange(count, dtype=np.int64) * whole // count, 0
+    for begin in range(0, len(picked), batch_size):
+        yield picked[begin : begin + batch_size] * block_size, block_size
+    if rest:
+        yield np.array([whole * block_size], dtype=np.int64), rest
+
+
+def _mean_loss(
+    score: Scorer, split: "TokenSplit", windows: list[tuple[Ints, int]], *, show: bool = False
+) -> tuple[float, int]:
+    total, tokens = 0.0, 0
+    expected = sum(len(offsets) * length for offsets, length in windows)
+    with progress(expected, "tokens") as shown:
+        for offsets, length in windows:
+            batch = split.batch(offsets, length)  # (B, T + 1)
+            inputs, targets = (np.ascontiguousarray(part) for part in (batch[:, :-1], batch[:, 1:]))
+            total += score(inputs, targets)
+            tokens += targets.size
+            if show:
+                shown.update(targets.size, loss=total / tokens)
+    return total / tokens, tokens
+
+
+def _tokens_of(split: "TokenSplit", max_tokens: int = 0) -> int:
+    if len(split) < 2:
+        raise UserError(
+            f"the {split.name} split holds {len(split)} tokens, at least 2 are needed; give more "
+            f"text, or choose another split"
+        )
+    return min(len(split), max_tokens + 1) if max_tokens else len(split)
+
+
+def evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Loss and perplexity of a model or an exported folder.
+
+    Returns:
+        val_loss (nats per token), perplexity (null above e^700), tokens (predicted),
+        bits_per_byte (of the text they spell; null for more than 4 million tokens), split (train
+        or val), seconds, tokens_per_second, and device or provider.
+
+    Raises:
+        UserError: the model or the data cannot be used, or do not belong together.
+        CheckFailed: the loss is not finite, or an exported folder was changed.
+    """
+    score, tokenizer, block_size, where = _open_model(options)
+    data = DataOptions(val_fraction=0.0, text_field=options.text_field)
+    dataset = open_dataset(options.data, data, tokenizer=tokenizer)
+    split = _choose(dataset, options.split)
+    total = _tokens_of(split, options.max_tokens)
+    started = time.perf_counter()
+    windows = list(_windows(total, block_size, options.batch_size))
+    loss, tokens = _mean_loss(score, split, windows, show=True)
+    seconds = time.perf_counter() - started
+    if not math.isfinite(loss):
+        raise CheckFailed(
+            f"{options.model}: the loss is {loss}, so its weights are broken; use an earlier "
+            f"checkpoint"
+        )
+    result = {
+        "val_loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else None,
+        "tokens": tokens,
+        "bits_per_byte": _bits_per_byte(loss, tokens, split, tokenizer),
+        "split": split.name,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 1),
+        **where,
+    }
+    if not options.json_output:
+        _show(result)
+    return result
+
+
+def _open_model(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[str, str]]:
+    """What scores, its tokenizer, its context in tokens, and where it runs."""
+    if not is_edge_folder(Path(options.model)):
+        return _open_torch(options)
+    if options.kernels != "auto" or options.checkpoint != "auto":
+        raise UserError(
+            f"{options.model}: is an exported folder, which knows no --kernels and no --checkpoint"
+        )
+    provider = "cpu" if options.device == "auto" else options.device
+    edge = EdgeModel(Path(options.model), provider=provider)
+    _require_causal(options.model, edge.config["causal"])
+    return edge_scorer(edge), edge.tokenizer, edge.block_size, {"provider": edge.provider}
+
+
+def _open_torch(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[str, str]]:
+    from gptopt.checkpoint import load_model
+    from gptopt.training.hardware import resolve_device
+
+    device = resolve_device(options.device)
+    loaded = load_model(
+        options.model, checkpoint=options.checkpoint, device=device, kernels=options.kernels
+    )
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{loaded.folder}: has no tokenizer.json, so its ids cannot be compared with the "
+            f"data's; copy the tokenizer it was trained with there"
+        )
+    _require_causal(options.model, loaded.model.config.causal)
+    where = {"device": str(device)}
+    return torch_scorer(loaded.model), loaded.tokenizer, loaded.model.config.block_size, where
+
+
+def _require_causal(model: str, causal: bool) -> None:
+    if not causal:
+        raise UserError(
+            f"{model}: is a masked language model, which sees the token it would have to predict; "
+            f"the loss of next tokens means nothing for it"
+        )
+
+
+def _choose(dataset: "Dataset", name: str) -> "TokenSplit":
+    if name == "auto":
+        name = "val" if len(dataset.val) else "train"
+    return dataset.split(name)
+
+
+def _bits_per_byte(
+    loss: float, tokens: int, split: "TokenSplit", tokenizer: Tokenizer
+) -> float | None:
+    if tokens > _DECODED_TOKENS:
+        return None
+    text = tokenizer.decode(split.batch([0], tokens)[0, 1:])
+    size = len(text.encode("utf-8", "replace"))
+    return loss * tokens / math.log(2) / size if size else None
+
+
+def _show(result: dict[str, Any]) -> None:
+    bits = result["bits_per_byte"]
+    perplexity = result["perplexity"]
+    say(
+        f"{result['split']}: loss {result['val_loss']:.4f}"
+        + ("" if perplexity is None else f", perplexity {perplexity:.4g}")
+        + ("" if bits is None else f", {bits:.4f} bits per byte")
+        + f", {result['tokens']:,} tokens in {result['seconds']:.1f} s "
+        f"({result['tokens_per_second']:,.0f} tokens/s)"
+    )

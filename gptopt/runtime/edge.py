@@ -1,0 +1,160 @@
+"""An exported model in onnxruntime: checked before it is parsed, run on the provider asked for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gptopt.config import SamplingOptions
+from gptopt.errors import UserError
+from gptopt.runtime import sampling as sampler
+from gptopt.runtime.folder import load_config, load_tokenizer, model_file, verify_folder
+from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, positions
+from gptopt.runtime.session import Session
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Cache = list[tuple[Floats, Floats]]
+
+
+class EdgeModel:
+    """A verified exported folder, ready to run.
+
+    Attributes:
+        tokenizer: the folder's tokenizer.
+        config: sizes and end-of-text ids (gptopt.runtime.folder.EdgeConfig).
+        provider: name of the provider that runs, such as "cpu".
+        block_size, tokenizer_size: tokens seen at once, ids that may be chosen.
+    """
+
+    def __init__(
+        self, folder: Path | str, *, provider: str = "cpu", threads: int = 0, verify: bool = True
+    ) -> None:
+        """Check the folder and load it.
+
+        Args:
+            folder: what gptopt export wrote.
+            provider: onnxruntime execution provider, such as cpu or cuda.
+            threads: of onnxruntime; 0 takes one per physical core.
+            verify: check the manifest. Leave it out only for a folder that this process wrote.
+
+        Raises:
+            UserError: no exported folder, or the provider is not available here.
+            CheckFailed: the folder was changed, or the graph is not what config.json says.
+        """
+        folder = Path(folder)
+        if verify:
+            verify_folder(folder)
+        self.config = load_config(folder)
+        self.tokenizer = load_tokenizer(folder, self.config["tokenizer_size"])
+        self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
+        self._session = Session(model_file(folder), self.config, provider, threads)
+        self.provider = self._session.provider
+        self.block_size = self.config["block_size"]
+        self.tokenizer_size = self.config["tokenizer_size"]
+        self._cache: list[Any] = []
+        self._folder = folder
+
+    def forward(
+        self,
+        ids: npt.ArrayLike,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+        past: Cache | None = None,
+    ) -> tuple[npt.NDArray[np.float32], Cache]:
+        """Scores of every position, and the cache.
+
+        Args:
+            ids: (B, T) token ids.
+            attention_mask: (B, S) with S = P + T, nonzero for real tokens; none: all are real.
+            position_ids: (B, T); none: real tokens counted from 0.
+            past: per layer keys and values, each (B, K, P, D); none: P = 0.
+
+        Returns:
+            logits (B, T, V) float32, and per layer keys and values, each (B, K, S, D).
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        B, T = ids.shape
+        P = past[0][0].shape[2] if past else 0
+        real: Bools = np.ones((B, P + T), dtype=np.bool_)
+        if attention_mask is not None:
+            real = np.asarray(attention_mask).astype(np.bool_)
+        order = positions(real, T) if position_ids is None else np.asarray(position_ids, np.int64)
+        flat = [array for pair in past or () for array in pair]
+        logits, present = self._session.run(ids, real, order, flat)
+        arrays = [value.numpy() for value in present]
+        return logits, list(zip(arrays[::2], arrays[1::2], strict=True))
+
+    def prefill(self, ids: Ints, mask: Bools) -> Floats:
+        """Forget the cache and read ids (B, T); scores (B, V) of the last position."""
+        self._cache = []
+        if ids.shape[1] > 1:
+            # All but the last column feed only the cache: the head, the largest matrix of a small
+            # model, and the last ffn are left out (a third of a long GPT-2 prompt's time).
+            T = ids.shape[1] - 1
+            seen = mask[:, :T]
+            self._cache = self._session.fill(ids[:, :T], seen, positions(seen, T))
+        return self.decode(ids[:, -1:], mask)
+
+    def decode(self, ids: Ints, mask: Bools) -> Floats:
+        """Read one more column, ids (B, 1), with mask (B, S) over all; scores (B, V)."""
+        logits, self._cache = self._session.run(ids, mask, positions(mask, 1), self._cache)
+        return logits[:, -1]
+
+    def choose(
+        self,
+        scores: Floats,
+        sampling: SamplingOptions,
+        seen: Bools | None,
+        draws: npt.NDArray[np.float64],
+    ) -> Ints:
+        """The next token of each row, (B,)."""
+        return sampler.choose(scores, self.tokenizer_size, sampling, seen, draws)
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingOptions,
+        *,
+        context: Context = "error",
+        end_ids: Sequence[int] | None = None,
+        on_text: OnText | None = None,
+        on_token: OnToken | None = None,
+    ) -> Completion:
+        """Continue a batch of prompts; see gptopt.runtime.generation.complete.
+
+        `end_ids` replaces the folder's own end-of-text ids; () never ends a text early.
+        """
+        if not self.config["causal"]:
+            raise UserError(
+                f"{self._folder}: is a masked language model without a cache, it cannot generate; "
+                f"export a causal model"
+            )
+        return complete(
+            self,
+            prompts,
+            sampling,
+            tokenizer=self.tokenizer,
+            end_ids=self.config["eos_ids"] if end_ids is None else end_ids,
+            context=context,
+            on_text=on_text,
+            on_token=on_token,
+        )
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        sampling: SamplingOptions,
+        context: Context = "error",
+        on_token: OnToken | None = None,
+        *,
+        end_ids: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each prompt, the one that ended the text included."""
+        done = self.complete(
+            prompt_ids, sampling, context=context, end_ids=end_ids, on_token=on_token
+        )
+        return [row.tokens for row in done.rows]

@@ -1,0 +1,175 @@
+"""An exported folder is checked here before anything in it is parsed.
+
+Threat: a folder from a stranger. Every name must be one that an export writes, every file a plain
+one with a single name (no link of either sort), of a bounded size and of the sha256 in the
+manifest, and the ONNX file may name no other file than its own data file.
+"""
+
+import os
+import re
+import stat
+from pathlib import Path
+from typing import TypedDict
+
+from pydantic import ValidationError
+
+from gptopt.config import ModelConfig
+from gptopt.errors import CheckFailed, UserError
+from gptopt.manifest import MANIFEST, read_json, verify_manifest
+from gptopt.runtime.graph import check_graph
+from gptopt.tokenizer import Tokenizer
+
+KIND = "edge"
+MODEL_FILE = "onnx/model.onnx"
+
+_MIB = 2**20
+# Names an export may write -> the largest size of each in bytes.
+_LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(r"(config|generation_config|genai_config|tokenizer_config)\.json"), 16 * _MIB),
+    (re.compile(r"(special_tokens_map|report|manifest)\.json"), 16 * _MIB),
+    (re.compile(r"README\.md|chat_template\.jinja"), 16 * _MIB),
+    (re.compile(r"tokenizer\.json"), 256 * _MIB),
+    (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx"), 2**31),  # protobuf ends at 2 GiB
+    (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx_data"), 2**38),
+)
+
+
+class EdgeConfig(TypedDict):
+    """What the runtime knows of a model: its sizes, and the ids that end a text."""
+
+    n_layer: int
+    kv_heads: int
+    head_size: int
+    vocab_size: int
+    tokenizer_size: int
+    block_size: int
+    causal: bool
+    eos_ids: list[int]
+
+
+def is_edge_folder(folder: Path) -> bool:
+    """Whether a folder calls itself an exported one. Says nothing about its integrity."""
+    path = folder / MANIFEST
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode) or path.stat().st_size > _limit(MANIFEST):
+            return False
+        return read_json(path).get("kind") == KIND
+    except (OSError, UserError):
+        return False
+
+
+def verify_folder(folder: Path) -> None:
+    """Check names, kinds, sizes and sha256 of everything in an exported folder.
+
+    Raises:
+        UserError: there is no such folder, or it is not an exported one.
+        CheckFailed: something in it is not what the export wrote.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder that gptopt export wrote")
+    if not os.path.lexists(folder / MANIFEST):
+        raise UserError(
+            f"{folder}: holds no {MANIFEST}, so it is not an exported folder; gptopt export "
+            f"writes one"
+        )
+    check_names(folder)
+    verify_manifest(folder, KIND)
+
+
+def check_names(folder: Path) -> None:
+    """Refuse unknown names, links, and files that are not plain or too large, reading nothing."""
+    for root, folders, names in os.walk(folder):
+        for name in sorted(folders + names):
+            path = Path(root) / name
+            relative = path.relative_to(folder).as_posix()
+            status = path.lstat()
+            if relative == "onnx" and stat.S_ISDIR(status.st_mode):
+                continue
+            if (limit := _limit(relative)) == 0:
+                raise CheckFailed(
+                    f"{folder}: {relative!r} has no place in an exported folder; remove it"
+                )
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+                raise CheckFailed(
+                    f"{path}: is not a plain file with one name; copy files into the folder, do "
+                    f"not link them"
+                )
+            if status.st_size > limit:
+                raise CheckFailed(f"{path}: has {status.st_size} bytes, at most {limit} expected")
+
+
+def _limit(relative: str) -> int:
+    return next((limit for names, limit in _LIMITS if names.fullmatch(relative)), 0)
+
+
+def model_file(folder: Path) -> Path:
+    """The checked path of the folder's ONNX file."""
+    path = folder / MODEL_FILE
+    if not path.is_file():
+        raise CheckFailed(f"{path}: missing; export the model again")
+    check_graph(path)
+    return path
+
+
+def load_tokenizer(folder: Path, size: int) -> Tokenizer:
+    """The folder's tokenizer, of exactly `size` ids."""
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.size != size:
+        raise CheckFailed(
+            f"{folder / 'tokenizer.json'}: has {tokenizer.size} ids, config.json says {size}; "
+            f"copy the folder again"
+        )
+    return tokenizer
+
+
+def load_config(folder: Path) -> EdgeConfig:
+    """Sizes from config.json, ids that end a text from generation_config.json.
+
+    Raises:
+        UserError: a file is missing or malformed, or a size is impossible.
+    """
+    path = folder / "config.json"
+    sizes = read_json(path).get("gptopt")
+    if not isinstance(sizes, dict):
+        raise UserError(f"{path}: has no 'gptopt' object, so gptopt did not export this folder")
+    sizes = dict(sizes)
+    tokenizer_size = sizes.pop("tokenizer_size", None)
+    try:
+        model = ModelConfig.model_validate(sizes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: gptopt.{key}: {first['msg']}; export the model again") from None
+    vocab_size = model.vocab_size
+    if vocab_size is None or type(tokenizer_size) is not int:
+        raise UserError(f"{path}: gptopt lacks vocab_size or tokenizer_size; export again")
+    if not 0 < tokenizer_size <= vocab_size:
+        raise UserError(
+            f"{path}: tokenizer_size={tokenizer_size} does not fit vocab_size={vocab_size}"
+        )
+    return EdgeConfig(
+        n_layer=model.n_layer,
+        kv_heads=model.kv_heads,
+        head_size=model.head_size,
+        vocab_size=vocab_size,
+        tokenizer_size=tokenizer_size,
+        block_size=model.block_size,
+        causal=model.causal,
+        eos_ids=end_ids(folder),
+    )
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The end-of-text ids named in a folder's generation_config.json; none where it has none.
+
+    Raises:
+        UserError: eos_token_id is neither an id nor a list of ids.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return []
+    found = read_json(path).get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if any(type(id_) is not int or id_ < 0 for id_ in ids):
+        raise UserError(f"{path}: eos_token_id is {found!r}, expected an id or a list of ids")
+    return list(ids)

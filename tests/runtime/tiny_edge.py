@@ -1,0 +1,133 @@
+"""A small exported folder made by hand with onnx.helper: the contract without torch or the exporter.
+
+Random untied weights with spread-out logits, so that greedy tokens vary and a wrong position, mask or
+cache changes them.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from gptopt.manifest import write_manifest
+
+
+def build_graph(
+    path: Path, *, n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=320,
+    causal=True, seed=0, external=False,
+) -> onnx.ModelProto:  # fmt: skip
+    """Write a GPT-like ONNX graph to `path`: learned positions, one attention per layer, ffn."""
+    rng = np.random.default_rng(seed)
+    C, H, D, V = n_embd, n_head, n_embd // n_head, vocab_size
+    nodes, weights = [], []
+
+    def weight(name, *shape, scale=1.0):
+        value = rng.standard_normal(shape, dtype=np.float32) * np.float32(scale)
+        weights.append(numpy_helper.from_array(value, name))
+        return name
+
+    def constant(name, value, dtype=np.int64):
+        weights.append(numpy_helper.from_array(np.asarray(value, dtype), name))
+        return name
+
+    def node(op, inputs, output, **attributes):
+        outputs = [output] if isinstance(output, str) else output
+        nodes.append(helper.make_node(op, inputs, outputs, name=outputs[0], **attributes))
+        return output
+
+    _mask(node, constant, causal)
+    node("Gather", [weight("wte", V, C), "input_ids"], "tokens")
+    node("Gather", [weight("wpe", block_size, C), "position_ids"], "positions")
+    x = node("Add", ["tokens", "positions"], "x0")
+    inputs = [_info("attention_mask", ["batch_size", "total_sequence_length"], TensorProto.INT64)]
+    outputs = [_info("logits", ["batch_size", "sequence_length", V])]
+    for i in range(n_layer):
+        h = _norm(node, weight, constant, x, f"l{i}.norm", C)
+        for part in "qkv":
+            node("MatMul", [h, weight(f"l{i}.w{part}", C, C, scale=C**-0.5)], f"l{i}.{part}")
+        past, present = [], []
+        if causal:
+            past = [f"past_key_values.{i}.key", f"past_key_values.{i}.value"]
+            present = [f"present.{i}.key", f"present.{i}.value"]
+            inputs += [_info(n, ["batch_size", H, "past_sequence_length", D]) for n in past]
+            outputs += [_info(n, ["batch_size", H, "total_sequence_length", D]) for n in present]
+        node(
+            "Attention", [f"l{i}.q", f"l{i}.k", f"l{i}.v", "mask", *past], [f"l{i}.a", *present],
+            q_num_heads=H, kv_num_heads=H,
+        )  # fmt: skip
+        node("MatMul", [f"l{i}.a", weight(f"l{i}.wo", C, C, scale=C**-0.5)], f"l{i}.o")
+        x = node("Add", [x, f"l{i}.o"], f"x{i}.attention")
+        h = _norm(node, weight, constant, x, f"l{i}.norm2", C)
+        node("MatMul", [h, weight(f"l{i}.up", C, 4 * C, scale=C**-0.5)], f"l{i}.f")
+        node("Relu", [f"l{i}.f"], f"l{i}.r")
+        node("MatMul", [f"l{i}.r", weight(f"l{i}.down", 4 * C, C, scale=C**-0.5)], f"l{i}.d")
+        x = node("Add", [x, f"l{i}.d"], f"x{i + 1}")
+    h = _norm(node, weight, constant, x, "norm", C)
+    node("MatMul", [h, weight("head", C, V, scale=2 * C**-0.5)], "logits")
+    ids = [_info(n, ["batch_size", "sequence_length"], TensorProto.INT64) for n in
+           ("input_ids", "position_ids")]  # fmt: skip
+    graph = helper.make_graph(
+        nodes, "gpt", [ids[0], inputs[0], ids[1], *inputs[1:]], outputs, weights
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(
+        model,
+        path,
+        save_as_external_data=external,
+        location=f"{path.name}_data",
+        size_threshold=256,
+    )
+    return model
+
+
+def _info(name, shape, dtype=TensorProto.FLOAT):
+    return helper.make_tensor_value_info(name, dtype, shape)
+
+
+def _norm(node, weight, constant, x, name, channels):
+    ones = constant(f"{name}.weight", np.ones(channels), np.float32)
+    return node("LayerNormalization", [x, ones], name, axis=-1)
+
+
+def _mask(node, constant, causal):
+    """mask (B, 1, T, S): a query sees real keys up to its own index, and always itself."""
+    zero, one = constant("zero", 0), constant("one", 1)
+    node("Shape", ["attention_mask"], "S1", start=1, end=2)
+    node("Shape", ["input_ids"], "T1", start=1, end=2)
+    node("Squeeze", ["S1"], "S")
+    node("Squeeze", ["T1"], "T")
+    node("Sub", ["S", "T"], "P")
+    node("Range", [zero, "S", one], "keys")
+    node("Range", ["P", "S", one], "queries")
+    node("Unsqueeze", ["queries", constant("axis1", [1])], "queries_column")  # (T, 1)
+    node("Equal", ["queries_column", "keys"], "self")
+    node("Cast", ["attention_mask"], "real2", to=TensorProto.BOOL)
+    node("Unsqueeze", ["real2", constant("axes12", [1, 2])], "real")  # (B, 1, 1, S)
+    if causal:
+        node("LessOrEqual", ["keys", "queries_column"], "causal")
+        node("And", ["real", "causal"], "seen")
+    else:
+        node("Or", ["real", "self"], "seen")
+    node("Or", ["seen", "self"], "mask")
+
+
+def build_folder(
+    folder: Path, tokenizer, *, tokenizer_size=None, external=False, manifest=True, **sizes
+) -> Path:
+    """A complete exported folder around build_graph, with a manifest."""
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "causal": True, **sizes}
+    shape.setdefault("vocab_size", -(-tokenizer.size // 64) * 64)
+    build_graph(folder / "onnx" / "model.onnx", external=external, **shape)
+    shape.pop("seed", None)
+    tokenizer.save(folder)
+    config = {"model_type": "gpt2", "gptopt": {**shape, "tokenizer_size": tokenizer.size}}
+    if tokenizer_size is not None:
+        config["gptopt"]["tokenizer_size"] = tokenizer_size
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_id}))
+    if manifest:
+        write_manifest(folder, "edge")
+    return folder

@@ -1,4 +1,4 @@
-"""Small exported folders, made by hand once per session and copied for each test that harms them."""
+"""Small exported folders, made by hand once and copied for each test that harms them."""
 
 import importlib.util
 import shutil

@@ -62,7 +62,7 @@ def test_greedy_is_the_argmax_of_each_step(edge, prompts):
         steps = min(8, edge.block_size + 1 - len(prompt))
         found = edge.generate([prompt], GREEDY, end_ids=())[0]
         assert found == reference_greedy(edge, prompt, steps)
-    assert len(set(sum((edge.generate([p], GREEDY, end_ids=())[0] for p in prompts), []))) > 6
+    assert len({token for p in prompts for token in edge.generate([p], GREEDY)[0]}) > 6
 
 
 def test_a_batch_says_what_its_rows_say_alone(edge, prompts):
@@ -108,8 +108,8 @@ def test_ids_of_the_padding_are_never_chosen(build_folder, prompts):
     logits, _ = edge.forward([prompts[0]])
     assert (logits[0].argmax(-1) >= edge.tokenizer_size).any()
     for sampling in (options, options.model_copy(update={"temperature": 2.0})):
-        tokens = sum(edge.generate(prompts[:2], sampling, end_ids=()), [])
-        assert max(tokens) < edge.tokenizer_size
+        rows = edge.generate(prompts[:2], sampling, end_ids=())
+        assert max(token for row in rows for token in row) < edge.tokenizer_size
 
 
 def test_a_masked_model_runs_but_does_not_generate(build_folder, rng_ids):
@@ -132,7 +132,7 @@ def test_an_unavailable_provider_is_refused_by_name(pristine):
 
 
 def test_a_provider_that_fell_back_is_refused(pristine, monkeypatch):
-    """A build that lists CUDA on a machine without a driver runs on the CPU, with a warning only."""
+    """A build that lists CUDA on a machine without a driver runs on the CPU, with a warning."""
     import onnxruntime
 
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]

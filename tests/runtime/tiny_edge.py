@@ -1,7 +1,7 @@
-"""A small exported folder made by hand with onnx.helper: the contract without torch or the exporter.
+"""A small exported folder made by hand with onnx.helper: no torch, and not the exporter's word.
 
-Random untied weights with spread-out logits, so that greedy tokens vary and a wrong position, mask or
-cache changes them.
+Random untied weights with spread-out logits, so that greedy tokens vary and a wrong position, mask
+or cache changes them.
 """
 
 import json

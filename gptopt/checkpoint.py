@@ -1,0 +1,353 @@
+"""Model folders: written as Hugging Face expects them, and read whoever wrote them.
+
+Only JSON and safetensors are ever read; nothing in a folder can run code.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gptopt import hf, hub
+from gptopt.config import ModelConfig
+from gptopt.errors import UserError, first_line
+from gptopt.manifest import read_json, write_json, write_text
+from gptopt.model import GPT
+from gptopt.model.block import Impl
+
+if TYPE_CHECKING:
+    from gptopt.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+GENERATION_CONFIG = "generation_config.json"
+CARD = "README.md"
+CHECKPOINTS = "checkpoints"
+_STEP = re.compile(r"step-(\d+)")
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_SHOWN = 10  # names listed in an error
+
+
+class LoadedModel(NamedTuple):
+    """A model read from a folder, in evaluation mode."""
+
+    model: GPT
+    tokenizer: "Tokenizer | None"
+    folder: Path
+
+
+def save_model(
+    folder: Path, model: GPT, tokenizer: "Tokenizer | None", *, card: str | None = None
+) -> None:
+    """Write a model folder; the caller stages it (`gptopt.manifest.staged_folder`).
+
+    Where transformers knows the architecture, config.json and the weights have its names, and
+    `AutoModelForCausalLM.from_pretrained` loads the folder.
+
+    Args:
+        folder: an existing folder.
+        model: its weights are written in the precision they have.
+        tokenizer: saved beside it where there is one.
+        card: Markdown that follows the facts of the model in README.md.
+    """
+    config = model.config
+    architecture = hf.architecture_of(config)
+    state = model.state_dict()
+    shapes = {name: tensor.shape for name, tensor in state.items()}
+    tensors: dict[str, Tensor] = {}
+    for weight in hf.weights(config, architecture, shapes):
+        for name, part in weight.split(state[weight.own].detach()).items():
+            tensors[hf.stored_name(architecture, name)] = part
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+    names = ("bos", "eos", "pad")
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in names}
+    values = hf.config_to_json(
+        config,
+        token_ids=ids,
+        tokenizer_size=None if tokenizer is None else tokenizer.size,
+        dtype=str(next(iter(state.values())).dtype).removeprefix("torch."),
+    )
+    write_json(folder / CONFIG, values)
+    write_json(folder / GENERATION_CONFIG, {k: v for k, v in ids.items() if v is not None})
+    write_text(folder / CARD, _card(model, architecture, card))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+def load_model(
+    ref: str | Path,
+    *,
+    checkpoint: str = "auto",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    kernels: Impl = "auto",
+) -> LoadedModel:
+    """Open a model folder, a run folder, a Hugging Face folder or hf:org/name[@revision].
+
+    Args:
+        ref: which model.
+        checkpoint: of a run folder: auto, best, last or a step number.
+        device: where the weights go.
+        dtype: their precision (None: float32, whatever the file holds).
+        kernels: which operator bodies run; never read from the folder.
+
+    Raises:
+        UserError: no such model, a malformed file, or weights that do not fit the configuration.
+    """
+    folder = resolve_model(ref, checkpoint)
+    config, architecture = hf.config_from_json(_read_json(folder / CONFIG), folder / CONFIG)
+    with _open_weights(folder) as stored:
+        if config.n_layer > len(stored):  # before a mistyped number of blocks is built
+            raise UserError(
+                f"{folder / CONFIG}: {config.n_layer} layers do not fit the {len(stored)} tensors "
+                f"of the weights; restore the file"
+            )
+        with torch.device("meta"):
+            model = GPT(config, kernels=kernels)
+        state = _read_state(folder, model, architecture, stored, device, dtype or torch.float32)
+    _warn_of_nan(folder, state)
+    model.load_state_dict(state, assign=True)
+    return LoadedModel(model.eval(), _load_tokenizer(folder, config), folder)
+
+
+def resolve_model(ref: str | Path, checkpoint: str = "auto") -> Path:
+    """The model folder that a reference stands for.
+
+    Raises:
+        UserError: there is none, or the run has no such checkpoint.
+    """
+    if str(ref).startswith(hub.PREFIX):
+        return hub.download(str(ref))
+    folder = Path(ref)
+    if not folder.is_dir():
+        found = "is not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {found}; expected a model folder, a run folder or hf:org/name")
+    if (folder / CHECKPOINTS).is_dir():
+        return _checkpoint_of(folder, checkpoint)
+    if checkpoint != "auto":
+        raise UserError(f"{folder}: is no run folder, so it has no checkpoint {checkpoint!r}")
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder}: holds neither {CONFIG} nor {CHECKPOINTS}/; is it a model?")
+    return folder
+
+
+def _checkpoint_of(run: Path, checkpoint: str) -> Path:
+    """The folder of one checkpoint: run/best and run/latest hold the names of two of them."""
+    steps = {
+        int(match[1]): path
+        for path in (run / CHECKPOINTS).iterdir()
+        if (match := _STEP.fullmatch(path.name)) and path.is_dir()
+    }
+    if not steps:
+        raise UserError(f"{run}: the run has no checkpoint yet; train it further")
+    if checkpoint.isdecimal():
+        if int(checkpoint) in steps:
+            return steps[int(checkpoint)]
+        found = ", ".join(str(step) for step in sorted(steps)[-_SHOWN:])
+        raise UserError(f"{run}: no checkpoint of step {checkpoint}; there are {found}")
+    if checkpoint not in ("auto", "best", "last"):
+        raise UserError(f"--checkpoint {checkpoint}: expected auto, best, last or a step number")
+    if checkpoint == "best" and not (run / "best").is_file():
+        raise UserError(f"{run}: the run was never evaluated, so it has no best checkpoint")
+    for pointer in ("latest",) if checkpoint == "last" else ("best", "latest"):
+        if (run / pointer).is_file():
+            name = (run / pointer).read_text(encoding="utf-8").strip()
+            match = _STEP.fullmatch(name)
+            if match is None or int(match[1]) not in steps:
+                raise UserError(
+                    f"{run / pointer}: names {name!r}, which is not in {CHECKPOINTS}/; "
+                    f"choose another one with --checkpoint"
+                )
+            return steps[int(match[1])]
+    return steps[max(steps)]  # killed after the first checkpoint, before it was noted
+
+
+@contextmanager
+def _open_weights(folder: Path) -> Iterator[dict[str, Any]]:
+    """Names of the stored tensors -> the open safetensors file that holds each."""
+    with ExitStack() as stack:
+        stored: dict[str, Any] = {}
+        for path in _weight_files(folder):
+            try:
+                file = stack.enter_context(safe_open(path, framework="pt"))
+                names = list(file.keys())
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(
+                    f"{path}: not readable as safetensors ({first_line(error)}); "
+                    f"the file is truncated or foreign, copy it again"
+                ) from None
+            stored.update(dict.fromkeys(names, file))
+        yield stored
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder, one or the shards of an index; links are followed."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        others = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        hint = (
+            f"{others[0].name} is pickled and is never read, convert it to safetensors"
+            if others
+            else "an exported folder holds none; give the model that it was made from"
+        )
+        raise UserError(f"{folder}: has no {WEIGHTS}; {hint}")
+    table = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise UserError(f"{folder / INDEX}: has no weight_map; copy the file again")
+    files = set()
+    for name in table.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise UserError(f"{folder / INDEX}: {name!r} is not a plain name of a shard")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: listed in {INDEX} but missing; copy it again")
+        files.add(name)
+    return [folder / name for name in sorted(files)]
+
+
+def _read_state(
+    folder: Path,
+    model: GPT,
+    architecture: str,
+    stored: dict[str, Any],
+    device: str | torch.device,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    """Our weights from the stored tensors, after their names and shapes were compared."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    plan = hf.weights(model.config, architecture, shapes)
+    names = hf.plain_names(architecture, stored)
+    tied_copy = names.pop(hf.HEAD, None) if model.head is None else None
+    wanted = {
+        name: shape
+        for weight in plan
+        for name, shape in zip(weight.parts, weight.shapes(shapes[weight.own]), strict=True)
+    }
+    _compare_names(folder, set(wanted), set(names))
+    _compare_shapes(folder, wanted, {name: stored[names[name]] for name in wanted}, names)
+
+    def read(name: str) -> Tensor:
+        tensor: Tensor = stored[name].get_tensor(name)
+        # A copy, so that the model does not change with the file it was read from.
+        return tensor.to(device=device, dtype=dtype, copy=True)
+
+    state = {weight.own: weight.join([read(names[n]) for n in weight.parts]) for weight in plan}
+    if tied_copy is not None and not torch.equal(read(tied_copy), state["wte.weight"]):
+        raise UserError(
+            f"{folder}: the configuration ties the head to the embedding, but {tied_copy} differs "
+            f"from it; set tie_word_embeddings to false in {CONFIG}"
+        )
+    return state
+
+
+def _compare_names(folder: Path, wanted: set[str], found: set[str]) -> None:
+    parts = []
+    if wanted - found:
+        parts.append(f"the weights lack {_listed(wanted - found)}, which {CONFIG} asks for")
+    if found - wanted:
+        parts.append(f"the weights hold {_listed(found - wanted)}, which {CONFIG} has no place for")
+    if parts:
+        raise UserError(f"{folder}: {'; '.join(parts)}; these two files do not belong together")
+
+
+def _compare_shapes(
+    folder: Path, wanted: dict[str, tuple[int, ...]], files: dict[str, Any], names: dict[str, str]
+) -> None:
+    wrong = []
+    for name, shape in wanted.items():
+        part = files[name].get_slice(names[name])
+        found = tuple(part.get_shape())
+        if found != shape:
+            wrong.append(f"{name} is {found} in the weights and {shape} by {CONFIG}")
+        elif part.get_dtype() not in _FLOATS:
+            wrong.append(f"{name} is of dtype {part.get_dtype()}, expected a float of 16-64 bits")
+    if wrong:
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise UserError(f"{folder}: {'; '.join(wrong[:_SHOWN])}{more}")
+
+
+def _listed(names: set[str]) -> str:
+    shown = sorted(names)[:_SHOWN]
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{', '.join(shown)}{more}"
+
+
+def _warn_of_nan(folder: Path, state: dict[str, Tensor]) -> None:
+    bad = {name: int((~torch.isfinite(tensor)).sum()) for name, tensor in state.items()}
+    bad = {name: count for name, count in bad.items() if count}
+    if bad:
+        logger.warning(
+            "%s: %d weights are NaN or infinite, in %d tensors (%s): so will its output be",
+            folder, sum(bad.values()), len(bad), _listed(set(bad)),
+        )  # fmt: skip
+
+
+def _load_tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":
+    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
+        return None
+    from gptopt.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(folder)
+    size = config.vocab_size or 0
+    if tokenizer.size > size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.size} ids, but the model's vocabulary has "
+            f"{size}; restore the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a regular file")
+    return read_json(path)
+
+
+def _card(model: GPT, architecture: str, extra: str | None) -> str:
+    """README.md: what the model is, who can load it, and whatever the caller adds."""
+    config = model.config
+    shape = ", ".join(
+        f"{name} {value}"
+        for name, value in config.model_dump().items()
+        if name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
+    )
+    if architecture == hf.OWN:
+        reasons = min((hf.obstacles(config, name) for name in ("gpt2", "llama")), key=len)
+        loading = (
+            f"transformers has no architecture for it ({', '.join(reasons)}): it is loaded by "
+            f"`gptopt.load_model` only. Its configuration is config.json, key `gptopt`."
+        )
+        front = "library_name: gptopt"
+    else:
+        loading = (
+            f"It is a `{architecture}` model: `transformers.AutoModelForCausalLM.from_pretrained` "
+            f"loads this folder, and so does `gptopt.load_model`."
+        )
+        front = "library_name: transformers"
+    task = "text-generation" if config.causal else "fill-mask"
+    parts = [
+        f"---\n{front}\npipeline_tag: {task}\ntags:\n- gptopt\n---",
+        f"# A GPT of {_rounded(model.num_parameters())} parameters",
+        f"Made with gptopt: {shape}; {config.norm_position}-{config.norm}, {config.activation}, "
+        f"{config.position} positions.",
+        loading,
+    ]
+    return "\n\n".join([*parts, extra.strip()] if extra else parts) + "\n"
+
+
+def _rounded(count: int) -> str:
+    """A count with three digits and a unit: 124 M."""
+    power = min(int(math.log10(max(count, 1))) // 3, 3)
+    return f"{count / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}"

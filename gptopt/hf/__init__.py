@@ -1,0 +1,27 @@
+"""Hugging Face's names for what gptopt has; they live here and nowhere else.
+
+A configuration that neither gpt2 nor llama expresses is written as model_type "gptopt", with our
+own names for its weights.
+"""
+
+from gptopt.hf.config import (
+    OWN,
+    architecture_of,
+    config_from_json,
+    config_to_json,
+    obstacles,
+)
+from gptopt.hf.weights import HEAD, Weight, plain_names, stored_name, weights
+
+__all__ = [
+    "HEAD",
+    "OWN",
+    "Weight",
+    "architecture_of",
+    "config_from_json",
+    "config_to_json",
+    "obstacles",
+    "plain_names",
+    "stored_name",
+    "weights",
+]

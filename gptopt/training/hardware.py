@@ -7,6 +7,7 @@ import platform
 import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -184,6 +185,10 @@ def device_name(device: torch.device) -> str:
     """The name its maker gave it, as far as the system tells."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux alone tells, and only here
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

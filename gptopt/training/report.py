@@ -35,9 +35,8 @@ class Report:
         """One line of metrics.jsonl, and a fresh start for the next one's means."""
         state, stepper = self.state, self.stepper
         loss = state.loss_sum / state.loss_count if state.loss_count else None
-        rate = None
-        if stepper.busy_seconds > 0:
-            rate = stepper.busy_steps * stepper.tokens_per_step / stepper.busy_seconds
+        step_seconds = stepper.busy_seconds / stepper.busy_steps if stepper.busy_steps else None
+        rate = stepper.tokens_per_step / step_seconds if step_seconds else None
         mfu = rate * self._flops / self._peak if rate and self._peak else None
         state.seconds = self.seconds()
         if loss is not None:
@@ -52,6 +51,7 @@ class Report:
             "grad_norm": stepper.grad_norm,
             "tokens": state.tokens,
             "seconds": state.seconds,
+            "step_ms": 1000 * step_seconds if step_seconds else None,
             "tokens_per_second": rate,
             "mfu": mfu,
             "memory_bytes": memory_bytes(self.session.device),

@@ -105,7 +105,7 @@ def _introduce(session: Session, checkpoint: Path | None) -> None:
         device_name(session.device),
         dtype_name(session.dtype),
         f"{len(data.train):,}",
-        f"{len(data.val):,}" if data.val is not None else "no",
+        f"{len(data.val):,}",
         f"{options.batch_size * options.accumulate * session.model.config.block_size:,}",
     )
     if options.max_seconds is None and options.warmup_steps >= options.steps:

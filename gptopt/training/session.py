@@ -1,5 +1,6 @@
 """Everything one run works with, built fresh or from a checkpoint."""
 
+import contextlib
 import logging
 import random
 import shutil
@@ -48,6 +49,12 @@ class Session:
     state: TrainState
     fixed: dict[str, Any]
     checkpoints: Checkpoints
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Autocast for a forward pass; nothing in fp32."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
 
     def save(self) -> Path:
         """Write a checkpoint of this moment and prune old ones."""
@@ -152,6 +159,8 @@ def _model_config(
             f"--model.vocab-size {config.vocab_size}: the tokenizer has {tokenizer.size} ids; give"
             f" at least that, or leave the option out"
         )
+    if not config.causal:
+        raise UserError("model.causal=false: next-token training needs a causal model")
     _refuse_other_tokenizer(options, tokenizer, start, saved)
     return config
 

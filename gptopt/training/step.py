@@ -83,7 +83,7 @@ class Stepper:
             torch.from_numpy(session.dataset.train.batch(offsets, self.block_size))
         )  # (B, T + 1)
         with self._guard():
-            with self._precision():
+            with session.precision():
                 loss: Tensor = self._forward(
                     block[:, :-1], block[:, 1:], seed=self._seed(),
                     label_smoothing=options.label_smoothing, z_loss=options.z_loss,
@@ -127,11 +127,6 @@ class Stepper:
         if self.session.device.type != "cuda":
             return value.to(self.session.device)
         return value.pin_memory().to(self.session.device, non_blocking=True)
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self.session.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.session.device.type, dtype=self.session.dtype)
 
     # --- reading what the steps left on the device ------------------------------------------------
 

@@ -58,22 +58,27 @@ def check_graph(path: Path) -> None:
     if path.stat().st_size == 0:
         raise CheckFailed(f"{path}: is empty; copy the folder again")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        walk = _Walk(content)
         try:
-            for tensor in walk.tensors():
-                _check_external(walk.external_data(tensor), data.name, data_bytes)
-        except _Refused as error:
+            check_content(content, data.name, data_bytes)
+        except Refused as error:
             raise CheckFailed(f"{path}: {error}; export the model again") from None
 
 
-class _Refused(ValueError):
-    pass
+class Refused(ValueError):
+    """What is wrong with a graph, without the name of its file."""
+
+
+def check_content(content: bytes | mmap.mmap, data_name: str, data_bytes: int) -> None:
+    """Raise Refused where the graph may read anything but `data_bytes` bytes of `data_name`."""
+    walk = _Walk(content)
+    for tensor in walk.tensors():
+        _check_external(walk.external_data(tensor), data_name, data_bytes)
 
 
 class _Walk:
     """Reads protobuf fields out of bytes that are not trusted: no recursion, a bounded count."""
 
-    def __init__(self, content: mmap.mmap) -> None:
+    def __init__(self, content: bytes | mmap.mmap) -> None:
         self._content = content
         self._fields_left = _MAX_FIELDS
 
@@ -83,9 +88,9 @@ class _Walk:
         while stack:
             message, span, depth = stack.pop()
             if message in FORBIDDEN:
-                raise _Refused(f"holds a {message}, which no exported folder needs")
+                raise Refused(f"holds a {message}, which no exported folder needs")
             if depth > _MAX_DEPTH:
-                raise _Refused(f"is nested more than {_MAX_DEPTH} messages deep")
+                raise Refused(f"is nested more than {_MAX_DEPTH} messages deep")
             if message == "TensorProto":
                 yield span
                 continue
@@ -98,7 +103,7 @@ class _Walk:
 
     def _check_op_type(self, field: _Field) -> None:
         if self._bytes(field) == b"EPContext":
-            raise _Refused("holds an EPContext node, which loads a compiled binary")
+            raise Refused("holds an EPContext node, which loads a compiled binary")
 
     def external_data(self, tensor: Span) -> dict[str, str] | None:
         """The external-data entries of a tensor; None where its data lies in the file itself."""
@@ -115,7 +120,7 @@ class _Walk:
                     for n in (_KEY, _VALUE)
                 )
                 if key not in _KNOWN_KEYS or key in entries:
-                    raise _Refused(f"a tensor's external data has an unknown or second key {key!r}")
+                    raise Refused(f"a tensor's external data has an unknown or second key {key!r}")
                 entries[key] = value
         return entries if external else None
 
@@ -125,7 +130,7 @@ class _Walk:
         while position < end:
             self._fields_left -= 1
             if self._fields_left < 0:
-                raise _Refused(f"holds more than {_MAX_FIELDS} fields")
+                raise Refused(f"holds more than {_MAX_FIELDS} fields")
             tag, position = self._varint(position, end)
             number, wire = tag >> 3, tag & 7
             value, start = 0, position
@@ -137,14 +142,14 @@ class _Walk:
             elif wire in (1, 5):
                 position += 8 if wire == 1 else 4
             else:
-                raise _Refused(f"is no ONNX file (wire type {wire} at byte {position})")
+                raise Refused(f"is no ONNX file (wire type {wire} at byte {position})")
             if number == 0 or position > end:
-                raise _Refused(f"is no ONNX file, or is cut off (at byte {start})")
+                raise Refused(f"is no ONNX file, or is cut off (at byte {start})")
             yield _Field(number, wire, value, (start, position))
 
     def _message(self, field: _Field) -> Span:
         if field.wire != 2:
-            raise _Refused(f"is no ONNX file (wire type {field.wire} at byte {field.span[0]})")
+            raise Refused(f"is no ONNX file (wire type {field.wire} at byte {field.span[0]})")
         return field.span
 
     def _bytes(self, field: _Field) -> bytes:
@@ -160,7 +165,7 @@ class _Walk:
             if byte < 0x80:
                 return value, position
             shift += 7
-        raise _Refused(f"is no ONNX file, or is cut off (at byte {position})")
+        raise Refused(f"is no ONNX file, or is cut off (at byte {position})")
 
 
 def _check_external(entries: dict[str, str] | None, data_name: str, data_bytes: int) -> None:
@@ -168,14 +173,14 @@ def _check_external(entries: dict[str, str] | None, data_name: str, data_bytes: 
         return
     location = entries.get("location", "")
     if location != data_name:
-        raise _Refused(f"a tensor's data lies in {location!r}; only {data_name!r} is allowed")
+        raise Refused(f"a tensor's data lies in {location!r}; only {data_name!r} is allowed")
     end = _count(entries, "offset") + _count(entries, "length")
     if end > data_bytes:
-        raise _Refused(f"a tensor's data ends at byte {end}, {data_name} has {data_bytes}")
+        raise Refused(f"a tensor's data ends at byte {end}, {data_name} has {data_bytes}")
 
 
 def _count(entries: dict[str, str], key: str) -> int:
     text = entries.get(key, "0")
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise _Refused(f"a tensor's external data has the {key} {text[:40]!r}")
+        raise Refused(f"a tensor's external data has the {key} {text[:40]!r}")
     return int(text)

@@ -19,6 +19,8 @@ from gptopt import tokenizer_files as files
 from gptopt.errors import UserError
 from gptopt.tokenizer_training import END_OF_TEXT, Kind, train_backend
 
+__all__ = ["END_OF_TEXT", "DecodeStream", "Ids", "Kind", "Tokenizer", "UnknownCharacter"]
+
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 _REPLACEMENT = "\ufffd"

@@ -17,6 +17,7 @@ Kind = Literal["bpe", "char", "word"]
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-text token
 _MIN_FREQUENCY = 2  # what occurs once is not worth an id
+_LONGEST_TOKEN = 64  # bytes: text without spaces would grow tokens without end
 
 
 def train_backend(texts: Iterable[str], kind: Kind, vocab_size: int) -> Any:
@@ -39,6 +40,7 @@ def _train_bpe(texts: Iterable[str], vocab_size: int) -> Any:
         min_frequency=_MIN_FREQUENCY,
         special_tokens=[END_OF_TEXT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=_LONGEST_TOKEN,
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
@@ -60,7 +62,11 @@ def _train_word(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def _train_char(texts: Iterable[str]) -> Any:
-    """One id per character, in the characters' order, and nothing else."""
+    """One id per character, in the characters' order, and nothing else.
+
+    onnxruntime-genai 0.18 splits by such a pattern in ASCII text only; transformers and its
+    JavaScript port do so in any text.
+    """
     characters: set[str] = set()
     for text in texts:
         characters.update(text)

@@ -29,12 +29,12 @@ from gptopt.data.shards import (
 from gptopt.data.sources import PIECE_CHARACTERS, Corpus, Piece
 from gptopt.data.splitting import Plan
 from gptopt.errors import UserError
-from gptopt.log import progress, say
+from gptopt.log import Progress, progress, say
 from gptopt.manifest import staged_folder
 from gptopt.tokenizer import Tokenizer, UnknownCharacter
 
 _BATCH_CHARACTERS = 2**21  # tokenised at once: the library needs some 100 bytes for each
-_SAMPLE_CHARACTERS = 2**26  # of training text for the tokenizer, the same share of each file
+_SAMPLE_CHARACTERS = 2**25  # of training text for the tokenizer, the same share of each file
 _WHOLE_CHARACTERS = 2**23  # pieces for a foreign tokenizer that does not cut at spaces
 
 
@@ -259,21 +259,23 @@ def _survey(corpus: Corpus, *, alphabet: bool) -> _Survey:
 def _train_tokenizer(corpus: Corpus, plan: Plan, survey: _Survey, data: DataOptions) -> Tokenizer:
     # Characters come from all text, so that the validation part can be spelled; bpe and word
     # never see it.
-    texts = survey.alphabet if data.kind == "char" else _sample(corpus, plan)
-    return Tokenizer.train(texts, kind=data.kind, vocab_size=data.vocab_size)
+    if data.kind == "char":
+        return Tokenizer.train(survey.alphabet, kind="char")
+    with progress(min(_SAMPLE_CHARACTERS, survey.characters), "characters to learn") as shown:
+        texts = _sample(corpus, plan, shown)
+        return Tokenizer.train(texts, kind=data.kind, vocab_size=data.vocab_size)
 
 
-def _sample(corpus: Corpus, plan: Plan) -> Iterator[str]:
+def _sample(corpus: Corpus, plan: Plan, shown: Progress) -> Iterator[str]:
     """The first training text of each file, in equal shares."""
     share = max(1, _SAMPLE_CHARACTERS // len(corpus.paths))
-    taken: dict[Path, int] = {}
-    with progress(_SAMPLE_CHARACTERS, "characters for the tokenizer") as shown:
-        for split, piece in plan.assign(corpus.pieces()):
-            left = share - taken.get(piece.path, 0)
-            if split == "train" and left > 0:
-                taken[piece.path] = share - left + len(piece.text)
-                yield piece.text[:left]
-                shown.update(min(left, len(piece.text)))
+    taken = dict.fromkeys(corpus.paths, 0)
+    for split, piece in plan.assign(corpus.pieces()):
+        text = piece.text[: share - taken[piece.path]] if split == "train" else ""
+        if text:
+            taken[piece.path] += len(text)
+            shown.update(len(text))
+            yield text
 
 
 def _write_tokens(

@@ -1,6 +1,7 @@
 """From files of any kind to documents in bounded pieces; whatever is malformed is named exactly."""
 
 import codecs
+import contextlib
 import json
 import logging
 import os
@@ -69,27 +70,16 @@ class Corpus:
                     offset += len(text)
 
     def _documents(self, path: Path) -> Iterator[tuple[str, Iterable[str]]]:
-        try:
-            if path.suffix.lower() in JSONL_SUFFIXES:
-                yield from _jsonl_documents(path, self.text_field)
-            elif path.suffix.lower() == PARQUET_SUFFIX:
-                yield from _parquet_documents(path, self.text_field)
-            else:
-                yield str(path), _text_chunks(path)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        if path.suffix.lower() in JSONL_SUFFIXES:
+            yield from _jsonl_documents(path, self.text_field)
+        elif path.suffix.lower() == PARQUET_SUFFIX:
+            yield from _parquet_documents(path, self.text_field)
+        else:
+            yield str(path), _text_chunks(path)
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What each file holds, to tell later whether it is still the same."""
-        return [
-            {
-                "name": path.name,
-                "bytes": path.stat().st_size,
-                "mtime_ns": path.stat().st_mtime_ns,
-                "sha256": sha256_of(path),
-            }
-            for path in self.paths
-        ]
+        return [_fingerprint(path) for path in self.paths]
 
     def has_fingerprints(self, stated: Any) -> bool:
         """Whether the files hold what `fingerprints` found. Only touched files are read again."""
@@ -98,12 +88,36 @@ class Corpus:
         return all(map(_has_fingerprint, self.paths, stated))
 
 
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror or error}); check the file"
+        ) from None
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with _reading(path):
+        status = path.stat()
+        return {
+            "name": path.name,
+            "bytes": status.st_size,
+            "mtime_ns": status.st_mtime_ns,
+            "sha256": sha256_of(path),
+        }
+
+
 def _has_fingerprint(path: Path, stated: dict[str, Any]) -> bool:
-    status = path.stat()
-    if status.st_size != stated.get("bytes"):
-        return False
-    same_time = path.name == stated.get("name") and status.st_mtime_ns == stated.get("mtime_ns")
-    return same_time or sha256_of(path) == stated.get("sha256")
+    with _reading(path):
+        status = path.stat()
+        if status.st_size != stated.get("bytes"):
+            return False
+        times = path.name, status.st_mtime_ns
+        if times == (stated.get("name"), stated.get("mtime_ns")):
+            return True
+        return sha256_of(path) == stated.get("sha256")
 
 
 def _find(path: Path) -> list[Path]:
@@ -163,7 +177,7 @@ def _cutting_place(text: str, start: int, end: int) -> int:
 def _text_chunks(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0  # of the first byte that is not decoded yet
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             text, started = _decode(decoder, data, offset, path), offset > 0
             yield text if started else text.removeprefix(_BOM)
@@ -189,7 +203,7 @@ def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> UserError:
 
 def _jsonl_documents(path: Path, field: str) -> Iterator[tuple[str, Iterable[str]]]:
     offset = 0
-    with path.open("rb") as file:
+    with _reading(path), path.open("rb") as file:
         number = 0
         while line := file.readline(_MAX_LINE_BYTES):
             number += 1
@@ -254,10 +268,10 @@ def _parquet_documents(path: Path, field: str) -> Iterator[tuple[str, Iterable[s
                     f"choose with --text-field"
                 )
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0).to_pylist():
+                for value in batch.column(0):  # one at a time: rows may be large
                     row += 1
                     where = f"{path} row {row}"
-                    yield where, (_checked_text(value, field, where),)
+                    yield where, (_checked_text(value.as_py(), field, where),)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path} after row {row}: column {field!r} is not UTF-8 ({error})"

@@ -5,6 +5,7 @@ Only JSON and safetensors are ever read; nothing in a folder can run code.
 
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -60,16 +61,21 @@ def save_model(
         model: its weights are written in the precision they have.
         tokenizer: saved beside it where there is one.
         card: Markdown that follows the facts of the model in README.md.
+
+    Raises:
+        ValueError: the model holds weights that a plain GPT does not have.
+        OSError: the disk is full, or the folder is not writable.
     """
     config = model.config
     architecture = hf.architecture_of(config)
     state = model.state_dict()
+    _check_plain(config, state)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     for weight in hf.weights(config, architecture, shapes):
         for name, part in weight.split(state[weight.own].detach()).items():
             tensors[hf.stored_name(architecture, name)] = part
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _write_weights(folder / WEIGHTS, tensors)
 
     names = ("bos", "eos", "pad")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in names}
@@ -84,6 +90,27 @@ def save_model(
     write_text(folder / CARD, _card(model, architecture, card))
     if tokenizer is not None:
         tokenizer.save(folder)
+
+
+def _check_plain(config: ModelConfig, state: dict[str, Tensor]) -> None:
+    with torch.device("meta"):
+        plain = GPT(config).state_dict().keys()
+    if state.keys() != plain:
+        raise ValueError(
+            f"the model's weights are not those of a plain GPT: "
+            f"{_listed(set(state) ^ set(plain))}; unwrap it, or merge what was added to its layers"
+        )
+
+
+def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write safetensors; a full disk is an OSError as everywhere else."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def load_model(
@@ -129,6 +156,8 @@ def resolve_model(ref: str | Path, checkpoint: str = "auto") -> Path:
         UserError: there is none, or the run has no such checkpoint.
     """
     if str(ref).startswith(hub.PREFIX):
+        if checkpoint != "auto":
+            raise UserError(f"{ref}: is no run folder, so it has no checkpoint {checkpoint!r}")
         return hub.download(str(ref))
     folder = Path(ref)
     if not folder.is_dir():
@@ -295,7 +324,8 @@ def _warn_of_nan(folder: Path, state: dict[str, Tensor]) -> None:
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":
-    if not ((folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file()):
+    old = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+    if not old and not (folder / "tokenizer.json").is_file():
         return None
     from gptopt.tokenizer import Tokenizer
 

@@ -31,7 +31,7 @@ class Weight(NamedTuple):
 
     def split(self, tensor: Tensor) -> dict[str, Tensor]:
         """The parts of our weight under their names in the file."""
-        pieces = torch.split(tensor, self.rows)
+        pieces = torch.split(tensor, list(self.rows))
         return {
             name: (piece.t() if self.transposed else piece).contiguous()
             for name, piece in zip(self.parts, pieces, strict=True)

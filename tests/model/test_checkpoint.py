@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import pickle  # noqa: TID251 - patched to fail
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from gptopt.checkpoint import load_model, resolve_model, save_model
 from gptopt.errors import UserError
+from gptopt.manifest import staged_folder
 from gptopt.tokenizer import Tokenizer
 
 
@@ -286,6 +288,36 @@ def test_shards_are_read_through_their_index(folder):
     assert "has no weight_map" in line_of(folder)
 
 
+def test_a_model_that_was_wrapped_is_not_saved_as_a_plain_one(build, tmp_path):
+    model = build()
+    model.blocks[1].ffn.up.adapter = torch.nn.Linear(2, 2, bias=False)
+    with pytest.raises(ValueError, match=r"not those of a plain GPT: blocks.1.ffn.up.adapter"):
+        save_model(tmp_path, model, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="limits of a process are POSIX")
+def test_a_full_disk_leaves_no_folder_and_the_old_one_intact(build, tmp_path):
+    import resource
+
+    model, target = build(), tmp_path / "model"
+    with staged_folder(target) as staging:
+        save_model(staging, model, None)
+    before = (target / "model.safetensors").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with (
+            pytest.raises(UserError, match=r"cannot be written .* free space"),
+            staged_folder(target, force=True) as staging,
+        ):
+            save_model(staging, model, None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "model.safetensors").read_bytes() == before
+
+
 @pytest.fixture
 def run(build, tmp_path):
     """A run with three checkpoints, told apart by their vocabulary."""
@@ -334,6 +366,8 @@ def test_what_is_no_model_is_said_so(folder, tmp_path_factory):
             resolve_model(ref)
     with pytest.raises(UserError, match="is no run folder"):
         resolve_model(folder, "best")
+    with pytest.raises(UserError, match="is no run folder"):
+        resolve_model("hf:org/name", "best")
     (empty / "checkpoints").mkdir()
     with pytest.raises(UserError, match="no checkpoint yet"):
         resolve_model(empty)

@@ -28,11 +28,8 @@ def check_float(argument: str, x: Tensor) -> None:
 
 
 def check_like(argument: str, x: Tensor, base: str, other: Tensor) -> None:
-    """`x` has the dtype and the device of `other`, which the message calls `base`.
-
-    Under autocast dtypes may differ: the operator casts them itself.
-    """
-    if x.dtype != other.dtype and not torch._C._is_any_autocast_enabled():
+    """`x` has the dtype and the device of `other`, which the message calls `base`."""
+    if x.dtype != other.dtype:
         raise wrong(argument, f"of dtype {x.dtype}", f"{other.dtype} as {base}")
     if x.device != other.device:
         raise wrong(argument, f"on {x.device}", f"{other.device} as {base}")

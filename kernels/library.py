@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 # One handle for the whole package: the registrations live as long as it does.
-LIBRARY = torch.library.Library("gptopt", "FRAGMENT")
+LIBRARY: Any = torch.library.Library("gptopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def register(
@@ -36,7 +36,7 @@ def register(
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptopt::{name}", fake, lib=LIBRARY)
     if function is not None:
-        apply = function.apply
+        apply: Any = function.apply
         LIBRARY.impl(name, lambda *args: apply(*args), "Autograd")
     register_flop_formula(getattr(torch.ops.gptopt, name))(flops)
 
@@ -93,7 +93,9 @@ def fake_gradients(
     )
 
 
-def masked(gradients: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def masked(
+    gradients: Sequence[Tensor | None], output_mask: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """The gradients that were asked for, None in place of the others: what a Function returns."""
     return tuple(
         gradient if wanted else None

@@ -16,8 +16,9 @@ Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3", secti
 """
 
 import torch
-from gptopt.kernels.checks import check_float, check_seed, wrong
 from torch import Tensor
+
+from gptopt.kernels.checks import check_float, check_seed, wrong
 
 ROUNDS = 10
 _WORD = 0xFFFFFFFF
@@ -25,19 +26,54 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 Words = tuple[Tensor, Tensor, Tensor, Tensor]
+Key = tuple[Tensor, Tensor]
 
 
-def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """The four output words of each counter, as int64 in [0, 2^32); all arguments broadcast."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        # The product of two 32-bit words wraps in int64, but its 64 bits are the right ones.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = ((p1 >> 32) ^ c1 ^ k0) & _WORD, p1 & _WORD
-        c2, c3 = ((p0 >> 32) ^ c3 ^ k1) & _WORD, p0 & _WORD
-        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
-    return c0, c1, c2, c3
+def philox(counter: Words, key: Key) -> Words:
+    """The four output words of each counter.
+
+    Words are int64 in [0, 2^32); all arguments broadcast.
+    """
+    words = counter
+    for round_key in _round_keys(key):
+        words = _round(words, round_key)
+    c0, c1, c2, c3 = words
+    return c0, c1 & _WORD, c2, c3 & _WORD
+
+
+def first_word(counter: Words, key: Key) -> Tensor:
+    """The first word of `philox`, at a third of its time: it works in place where it can."""
+    keys = _round_keys(key)
+    words = _round(_round(counter, keys[0]), keys[1])  # small until the words mix
+    mixed: tuple[Tensor, ...] = torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call]
+    c0, c1, c2, c3 = (word.contiguous() for word in mixed)
+    high = torch.empty_like(c0)
+    for k0, k1 in keys[2:]:
+        c0.mul_(_MULTIPLIERS[0])
+        c2.mul_(_MULTIPLIERS[1])
+        torch.bitwise_right_shift(c2, 32, out=high)
+        c1.bitwise_xor_(high).bitwise_xor_(k0).bitwise_and_(_WORD)
+        torch.bitwise_right_shift(c0, 32, out=high)
+        c3.bitwise_xor_(high).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c0, c1, c2, c3 = c1, c2, c3, c0
+    return c0
+
+
+def _round(words: Words, key: Key) -> Words:
+    """One round; the second and fourth word come back with the garbage of their upper bits.
+
+    The product of two 32-bit words wraps in int64, but its 64 bits are the right ones. Its lower
+    half is the second or fourth word; only a xor reads it, and that is cut to 32 bits.
+    """
+    c0, c1, c2, c3 = words
+    p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+    return ((p1 >> 32) ^ c1 ^ key[0]) & _WORD, p1, ((p0 >> 32) ^ c3 ^ key[1]) & _WORD, p0
+
+
+def _round_keys(key: Key) -> list[Key]:
+    rounds = torch.arange(ROUNDS, device=key[0].device)
+    keys = [(k + rounds * step) & _WORD for k, step in zip(key, _KEY_STEPS, strict=True)]
+    return list(zip(*(k.unbind() for k in keys), strict=True))
 
 
 def keep_mask(seed: Tensor, p: float, low: Tensor, high: Tensor, plane: Tensor) -> Tensor:
@@ -46,9 +82,8 @@ def keep_mask(seed: Tensor, p: float, low: Tensor, high: Tensor, plane: Tensor) 
     `seed` is () int64; `low` and `high` (the index's 32-bit words) and `plane` are int64; all
     broadcast.
     """
-    zero = torch.zeros_like(seed)
-    word, *_ = philox((low, high, plane, zero), (seed & _WORD, (seed >> 32) & _WORD))
-    return word >= round(p * 2**32)
+    key = (seed & _WORD, (seed >> 32) & _WORD)
+    return first_word((low, high, plane, torch.zeros_like(seed)), key) >= round(p * 2**32)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -78,14 +113,16 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
 def drop(x: Tensor, p: float, seed: Tensor) -> Tensor:
     """`dropout` without its checks, for the reference bodies."""
     index = torch.arange(x.numel(), device=x.device).view(x.shape)
-    keep = keep_mask(seed, p, index & _WORD, index >> 32, torch.zeros_like(seed))
+    zero = torch.zeros_like(seed)
+    small = x.numel() <= 2**32
+    keep = keep_mask(seed, p, index & _WORD, zero if small else index >> 32, zero)
     return torch.where(keep, x * (1.0 / (1.0 - p)), 0.0)
 
 
 def drop_probabilities(probabilities: Tensor, p: float, seed: Tensor) -> Tensor:
     """Dropout of attention probabilities (B, H, T, S), their queries the last T of S positions."""
     B, H, T, S = probabilities.shape
-    arange = torch.arange(S, device=probabilities.device)
+    position = torch.arange(S, device=probabilities.device)
     plane = torch.arange(B * H, device=probabilities.device).view(B, H, 1, 1)
-    keep = keep_mask(seed, p, arange, arange[S - T :, None], plane)
+    keep = keep_mask(seed, p, position, position[S - T :, None], plane)
     return torch.where(keep, probabilities * (1.0 / (1.0 - p)), 0.0)

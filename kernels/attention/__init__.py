@@ -1,9 +1,11 @@
 """attention: queries against keys and values, with every rule that decides who sees whom."""
 
 from math import sqrt
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from gptopt.kernels.attention import op as _op  # noqa: F401 - registers gptopt::attention
 from gptopt.kernels.attention import reference
 from gptopt.kernels.attention.cache import StaticCache
@@ -14,10 +16,9 @@ from gptopt.kernels.attention.checks import (
     check_past,
     check_scores,
 )
-from gptopt.kernels.autocast import autocast
 from gptopt.kernels.checks import check_dropout
+from gptopt.kernels.dtypes import autocast
 from gptopt.kernels.select import Impl, runs_triton
-from torch import Tensor
 
 __all__ = ["AttentionOutput", "StaticCache", "attention", "attention_decode"]
 
@@ -94,8 +95,10 @@ def attention(
     arXiv:2408.00118, section 2 (softcap); Dao 2023, arXiv:2307.08691, section 3 (log-sum-exp).
     """
     if torch._C._is_any_autocast_enabled():
-        q, k, v, *past_kv = autocast(q, k, v, *(past or ()))
-        past = tuple(past_kv) if past_kv else None
+        q, k, v = autocast(q.device, q, k, v)
+        if past is not None:
+            earlier_k, earlier_v = autocast(q.device, *past)
+            past = (earlier_k, earlier_v)
     check_heads(q, k, v)
     if past is not None:
         check_past(past, k)
@@ -106,7 +109,7 @@ def attention(
     past_k, past_v = past or (None, None)
     scale = 1.0 / sqrt(q.shape[3]) if scale is None else scale
     masks = (key_mask, doc_ids, alibi_slopes, seed)
-    options = (causal, window, softcap, scale, dropout_p)
+    options: tuple[Any, ...] = (causal, window, softcap, scale, dropout_p)
     if torch.compiler.is_exporting() or runs_triton("attention", impl, q):
         out, present_k, present_v, lse = torch.ops.gptopt.attention.default(
             q, k, v, past_k, past_v, *masks, *options
@@ -159,11 +162,14 @@ def attention_decode(
 
     Source: Shazeer 2019, arXiv:1911.02150, section 2.4 (incremental attention).
     """
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = autocast(q.device, q, k, v)
     check_heads(q, k, v)
     check_cache(q, k, cache, lengths)
     check_scores(q, window, softcap, alibi_slopes)
     scale = 1.0 / sqrt(q.shape[3]) if scale is None else scale
-    options = (alibi_slopes, window, softcap, scale)
+    options: tuple[Any, ...] = (alibi_slopes, window, softcap, scale)
     if torch.compiler.is_exporting() or runs_triton("attention_decode", impl, q):
-        return torch.ops.gptopt.attention_decode.default(q, k, v, *cache, lengths, *options)
+        out: Tensor = torch.ops.gptopt.attention_decode.default(q, k, v, *cache, lengths, *options)
+        return out
     return reference.attention_decode(q, k, v, *cache, lengths, *options)

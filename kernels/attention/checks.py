@@ -1,6 +1,8 @@
 """What attention accepts: each argument against the shapes and dtypes of the docstring."""
 
 import torch
+from torch import Tensor
+
 from gptopt.kernels.checks import (
     INTEGERS,
     check_float,
@@ -9,7 +11,6 @@ from gptopt.kernels.checks import (
     shape,
     wrong,
 )
-from torch import Tensor
 
 Pair = tuple[Tensor, Tensor]
 

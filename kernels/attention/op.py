@@ -16,10 +16,12 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
+
 from gptopt.kernels import library
 from gptopt.kernels.attention import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from gptopt.kernels.dtypes import wide
 
 _MASKS = "Tensor? key_mask, Tensor? doc_ids, Tensor? alibi_slopes, Tensor? seed"
 _OPTIONS = "bool causal, SymInt? window, float? softcap, float scale, float dropout_p"
@@ -37,10 +39,9 @@ def _body(
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, past_k: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     B, K, T, D = k.shape
     present = (0,) if past_k is None else (B, K, past_k.shape[2] + T, D)
-    lse = q.new_empty(q.shape[:3], dtype=wide)
+    lse = q.new_empty(q.shape[:3], dtype=wide(q))
     return q.new_empty(q.shape), k.new_empty(present), v.new_empty(present), lse
 
 
@@ -80,7 +81,7 @@ class _Function(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(q, keys, values, out, lse, *rest[:_N_MASKS])
         ctx.options = rest[_N_MASKS:]
-        ctx.P = None if past_k is None else past_k.shape[2]
+        ctx.P = 0 if past_k is None else past_k.shape[2]
         return out, present_k, present_v, lse
 
     @staticmethod
@@ -100,10 +101,7 @@ class _Function(torch.autograd.Function):
         dk = dk if grad_k is None else dk + grad_k
         dv = dv if grad_v is None else dv + grad_v
         P = ctx.P
-        if P is None:
-            gradients = (dq, dk, dv, None, None)
-        else:
-            gradients = (dq, dk[:, :, P:], dv[:, :, P:], dk[:, :, :P], dv[:, :, :P])
+        gradients = (dq, dk[:, :, P:], dv[:, :, P:], dk[:, :, :P], dv[:, :, :P])
         none = (None,) * (len(ctx.options) + _N_MASKS)
         return *library.masked(gradients, ctx.needs_input_grad[:5]), *none
 
@@ -117,16 +115,16 @@ def _decode_body(q: Tensor, *arguments: Any) -> Tensor:
 
 
 # Two products forward, five backward, masked or not: as torch counts its own attention.
-def _flops(q: Any, k: Any, v: Any, past_k: Any, *_: Any, **__: Any) -> int:
+def _flops(q: Size, k: Size, v: Size, past_k: Size | None, *_: Any, **__: Any) -> int:
     S = k[2] + (0 if past_k is None else past_k[2])
     return 2 * 2 * prod(q) * S
 
 
-def _backward_flops(grad_out: Any, grad_lse: Any, q: Any, keys: Any, *_: Any, **__: Any) -> int:
+def _backward_flops(grad_out: Any, grad_lse: Any, q: Size, keys: Size, *_: Any, **__: Any) -> int:
     return 5 * 2 * prod(q) * keys[2]
 
 
-def _decode_flops(q: Any, k: Any, v: Any, cache_k: Any, *_: Any, **__: Any) -> int:
+def _decode_flops(q: Size, k: Size, v: Size, cache_k: Size, *_: Any, **__: Any) -> int:
     return 2 * 2 * prod(q) * cache_k[2]
 
 

@@ -6,8 +6,10 @@ kernel wherever that kernel can answer it, because training on a CPU depends on 
 
 import torch
 import torch.nn.functional as F
-from gptopt.kernels.philox import drop_probabilities
 from torch import Tensor
+
+from gptopt.kernels.dtypes import no_autocast, wide
+from gptopt.kernels.philox import drop_probabilities
 
 
 def attention(
@@ -45,11 +47,16 @@ def attention(
     if key_mask is not None:
         see = _both(see, key_mask[:, None, :])
         # A row that sees no key gets every key, so that nothing infinite arises, and then zeros.
-        empty = ~see.any(dim=-1, keepdim=True)
+        empty = ~see.any(dim=-1, keepdim=True)  # (B, T, 1)
         see = see | empty
-    out, lse = _attend(
-        q, k, v, see, distance, alibi_slopes, seed, softcap, scale, dropout_p, fused=fused
-    )
+    bias = None if alibi_slopes is None else alibi(alibi_slopes, distance, q)
+    lse = None
+    if fused and fits(bias, q):
+        out = fused_attention(q, k, v, see, bias, scale)
+    else:
+        out, lse = softmax_attention(
+            q, k, v, see, bias, softcap, scale, dropout_p, seed, need_lse=need_lse
+        )
     if empty is not None:
         out = out.masked_fill(empty.unsqueeze(1), 0.0)
         lse = None if lse is None else lse.masked_fill(empty.squeeze(-1).unsqueeze(1), -torch.inf)
@@ -77,10 +84,10 @@ def attention_decode(
     cache_v.transpose(1, 2)[row, position] = v.transpose(1, 2)
     distance = position[:, :, None] - torch.arange(M, device=q.device)  # (B, T, M)
     see = visible(distance, True, window)
-    fused = softcap is None
-    return _attend(
-        q, cache_k, cache_v, see, distance, alibi_slopes, None, softcap, scale, 0.0, fused=fused
-    )[0]
+    bias = None if alibi_slopes is None else alibi(alibi_slopes, distance, q)
+    if softcap is None and fits(bias, q):
+        return fused_attention(q, cache_k, cache_v, see, bias, scale)
+    return softmax_attention(q, cache_k, cache_v, see, bias, softcap, scale)[0]
 
 
 def distances(T: int, S: int, key_mask: Tensor | None, device: torch.device) -> Tensor:
@@ -105,29 +112,14 @@ def _both(see: Tensor | None, also: Tensor) -> Tensor:
     return also if see is None else see & also
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    see: Tensor | None,
-    distance: Tensor,
-    alibi_slopes: Tensor | None,
-    seed: Tensor | None,
-    softcap: float | None,
-    scale: float,
-    dropout_p: float,
-    *,
-    fused: bool,
-) -> tuple[Tensor, Tensor | None]:
-    see = None if see is None else see.unsqueeze(1)  # (1 | B, 1, T, S)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    bias = None
-    if alibi_slopes is not None:
-        bias = -alibi_slopes.to(wide)[:, None, None] * distance.abs().unsqueeze(1)  # (., H, T, S)
-    # torch's kernel wants the bias in the dtype of q, and bfloat16 cannot hold long distances.
-    if fused and (bias is None or bias.dtype == q.dtype):
-        return fused_attention(q, k, v, see, bias, scale), None
-    return softmax_attention(q, k, v, see, bias, seed, softcap, scale, dropout_p, wide)
+def alibi(slopes: Tensor, distance: Tensor, q: Tensor) -> Tensor:
+    """The bias -slope * |distance|, (1 | B, H, T, S), as wide as statistics over `q`."""
+    return -slopes.to(wide(q))[:, None, None] * distance.abs().unsqueeze(1)
+
+
+def fits(bias: Tensor | None, q: Tensor) -> bool:
+    """Whether torch's kernel takes `bias`: it wants the dtype of q, too coarse below float32."""
+    return bias is None or bias.dtype == q.dtype
 
 
 def fused_attention(
@@ -140,13 +132,19 @@ def fused_attention(
     *,
     causal: bool = False,
 ) -> Tensor:
-    """`softmax_attention` without softcap, dropout and lse, by torch's kernel."""
-    mask = see
-    if bias is not None:
-        mask = bias if see is None else bias.masked_fill(~see, -torch.inf)
-    grouped = q.shape[1] != k.shape[1]
+    """The out of `softmax_attention` without softcap and dropout, by torch's kernel."""
+    mask = bias
+    if see is not None:
+        see = see.unsqueeze(1)  # (1 | B, 1, T, S)
+        mask = see if bias is None else bias.masked_fill(~see, -torch.inf)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
 
 
@@ -156,28 +154,33 @@ def softmax_attention(
     v: Tensor,
     see: Tensor | None,
     bias: Tensor | None,
-    seed: Tensor | None,
     softcap: float | None,
     scale: float,
-    dropout_p: float,
-    wide: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """softmax(softcap(scale q k^T) + bias, where visible) v and the log-sum-exp, all in `wide`."""
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    *,
+    need_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """dropout(softmax(softcap(scale q k^T) + bias, where seen)) v, and the log-sum-exp.
+
+    Every step runs in the dtype of statistics, and the result is rounded once.
+    """
     B, H, T, D = q.shape
     K, S = k.shape[1], k.shape[2]
-    with torch.autocast(q.device.type, enabled=False):
-        grouped = q.to(wide).reshape(B, K, H // K * T, D)  # the heads of a group are neighbours
-        scores = (grouped @ k.to(wide).transpose(2, 3)).view(B, H, T, S) * scale
+    rows = H // K * T  # the query heads of one key head are neighbours: fold them into its rows
+    with no_autocast(q):
+        folded = q.to(wide(q)).reshape(B, K, rows, D)
+        scores = (folded @ k.to(wide(q)).transpose(2, 3)).view(B, H, T, S) * scale
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         if bias is not None:
             scores = scores + bias
         if see is not None:
-            scores = scores.masked_fill(~see, -torch.inf)
-        lse = torch.logsumexp(scores, dim=-1)  # (B, H, T)
-        probabilities = torch.exp(scores - lse.unsqueeze(-1))
+            scores = scores.masked_fill(~see.unsqueeze(1), -torch.inf)
+        lse = torch.logsumexp(scores, dim=-1) if need_lse else None  # (B, H, T)
+        probabilities = torch.softmax(scores, dim=-1)
         if dropout_p > 0.0:
             assert seed is not None
             probabilities = drop_probabilities(probabilities, dropout_p, seed)
-        out = probabilities.view(B, K, H // K * T, S) @ v.to(wide)
+        out = probabilities.view(B, K, rows, S) @ v.to(wide(q))
     return out.view(B, H, T, D).to(q.dtype), lse

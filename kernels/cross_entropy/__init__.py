@@ -3,12 +3,13 @@
 from typing import Literal
 
 import torch
-from gptopt.kernels.autocast import autocast
+from torch import Tensor
+
 from gptopt.kernels.checks import check_float, check_like, check_shape, shape, wrong
 from gptopt.kernels.cross_entropy import op as _op  # noqa: F401 - registers gptopt::cross_entropy
 from gptopt.kernels.cross_entropy import reference
+from gptopt.kernels.dtypes import autocast
 from gptopt.kernels.select import Impl, runs_triton
-from torch import Tensor
 
 __all__ = ["cross_entropy"]
 
@@ -53,11 +54,15 @@ def cross_entropy(
     Source: Szegedy et al. 2016, arXiv:1512.00567, section 7 (smoothing); Chowdhery et al. 2022,
     arXiv:2204.02311, section 5 (z-loss); Gemma Team 2024, arXiv:2408.00118, section 2 (softcap).
     """
+    if torch._C._is_any_autocast_enabled():
+        hidden, head_weight = autocast(hidden.device, hidden, head_weight)
     _validate(hidden, head_weight, targets, label_smoothing, z_loss, softcap, reduction)
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
     if torch.compiler.is_exporting() or runs_triton("cross_entropy", impl, hidden):
-        tensors = autocast(hidden, head_weight)
-        return torch.ops.gptopt.cross_entropy.default(*tensors, targets, *options)
+        loss: Tensor = torch.ops.gptopt.cross_entropy.default(
+            hidden, head_weight, targets, *options
+        )
+        return loss
     return reference.cross_entropy(hidden, head_weight, targets, *options)
 
 

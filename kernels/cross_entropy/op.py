@@ -15,10 +15,12 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
+
 from gptopt.kernels import library
 from gptopt.kernels.cross_entropy import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
+from gptopt.kernels.dtypes import wide
 
 _INPUTS = "Tensor hidden, Tensor head_weight, Tensor targets"
 _OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, str reduction"
@@ -30,8 +32,7 @@ def _body(hidden: Tensor, head_weight: Tensor, targets: Tensor, *options: Any) -
 
 
 def _fake(hidden: Tensor, head_weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(targets.shape if options[-1] == "none" else (), dtype=dtype)
+    return hidden.new_empty(targets.shape if options[-1] == "none" else (), dtype=wide(hidden))
 
 
 def _gradients(
@@ -101,9 +102,10 @@ class _Function(torch.autograd.Function):
                 loss, *found = torch.ops.gptopt.cross_entropy_forward.default(*arguments, mask)
             else:
                 loss, found = torch.ops.gptopt.cross_entropy.default(*arguments), [None, None]
+        result: Tensor = loss
         ctx.save_for_backward(hidden, head_weight, targets, *found)
         ctx.options = options
-        return loss
+        return result
 
     @staticmethod
     @once_differentiable
@@ -115,23 +117,18 @@ class _Function(torch.autograd.Function):
         return *library.masked(gradients, mask), *(None,) * 6
 
 
-def _product_flops(hidden: Any, head_weight: Any) -> int:
+def _flops(hidden: Size, head_weight: Size, *_: Any, **__: Any) -> int:
     return 2 * prod(hidden) * head_weight[0]
 
 
-def _flops(hidden: Any, head_weight: Any, *_: Any, **__: Any) -> int:
-    return _product_flops(hidden, head_weight)
+def _forward_flops(hidden: Size, head_weight: Size, *rest: Any, **_: Any) -> int:
+    output_mask: Sequence[bool] = rest[-1]
+    return _flops(hidden, head_weight) * (1 + sum(output_mask))
 
 
-def _forward_flops(hidden: Any, head_weight: Any, *rest: Any, **_: Any) -> int:
-    return _product_flops(hidden, head_weight) * (1 + sum(rest[-1]))
-
-
-def _backward_flops(grad: Any, hidden: Any, head_weight: Any, *rest: Any, **_: Any) -> int:
-    *_, reduction, output_mask = rest
-    if reduction != "none":
-        return 0
-    return _product_flops(hidden, head_weight) * (1 + sum(output_mask))
+def _backward_flops(grad: Size, hidden: Size, head_weight: Size, *rest: Any, **_: Any) -> int:
+    reduction: str = rest[-2]
+    return 0 if reduction != "none" else _forward_flops(hidden, head_weight, *rest)
 
 
 library.register(

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptopt.kernels.dtypes import wide
+
 
 def cross_entropy(
     hidden: Tensor,
@@ -17,8 +19,7 @@ def cross_entropy(
 ) -> Tensor:
     """The loss of the linear head's logits, in float32 or wider."""
     logits = F.linear(hidden, head_weight).reshape(-1, head_weight.shape[0])  # (N, V)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
+    logits = logits.to(wide(logits))
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     flat = targets.reshape(-1)  # (N,)

@@ -3,12 +3,13 @@
 from typing import Literal
 
 import torch
-from gptopt.kernels.autocast import autocast
+from torch import Tensor
+
 from gptopt.kernels.checks import check_float, check_like, check_shape, shape, wrong
+from gptopt.kernels.dtypes import autocast
 from gptopt.kernels.ffn import op as _op  # noqa: F401 - registers gptopt::ffn
 from gptopt.kernels.ffn import reference
 from gptopt.kernels.select import Impl, runs_triton
-from torch import Tensor
 
 __all__ = ["Activation", "ffn"]
 
@@ -53,10 +54,17 @@ def ffn(
     arXiv:1606.08415, section 2; Shazeer 2020, arXiv:2002.05202, section 2; So et al. 2021,
     arXiv:2109.08668, section 4 (squared relu).
     """
+    if torch._C._is_any_autocast_enabled():
+        x, weight = autocast(x.device, x, weight)
+        bias, gate_weight, gate_bias, addend = autocast(
+            x.device, bias, gate_weight, gate_bias, addend
+        )
     _validate(x, weight, bias, activation, gate_weight, gate_bias, addend)
     if torch.compiler.is_exporting() or runs_triton("ffn", impl, x):
-        tensors = autocast(x, weight, bias, gate_weight, gate_bias, addend)
-        return torch.ops.gptopt.ffn.default(*tensors, activation)
+        out: Tensor = torch.ops.gptopt.ffn.default(
+            x, weight, bias, gate_weight, gate_bias, addend, activation
+        )
+        return out
     return reference.ffn(x, weight, bias, gate_weight, gate_bias, addend, activation)
 
 

@@ -15,10 +15,11 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Size, Tensor
+from torch.autograd.function import once_differentiable
+
 from gptopt.kernels import library
 from gptopt.kernels.ffn import reference
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _INPUTS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor? addend"
@@ -92,12 +93,14 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *inputs, activation = arguments
         with library.below_autograd():
-            if not any(ctx.needs_input_grad):
-                return torch.ops.gptopt.ffn.default(*arguments)
-            out, hidden, gate = torch.ops.gptopt.ffn_forward.default(*arguments)
-        ctx.save_for_backward(*inputs, hidden, gate)
+            if any(ctx.needs_input_grad):
+                out, *kept = torch.ops.gptopt.ffn_forward.default(*arguments)
+            else:
+                out, kept = torch.ops.gptopt.ffn.default(*arguments), []
+        ctx.save_for_backward(*inputs, *kept)
         ctx.activation = activation
-        return out
+        result: Tensor = out
+        return result
 
     @staticmethod
     @once_differentiable
@@ -109,12 +112,14 @@ class _Function(torch.autograd.Function):
         return *library.masked(gradients, mask), None
 
 
-def _forward_flops(x: Any, weight: Any, bias: Any, gate_weight: Any, *_: Any, **__: Any) -> int:
+def _forward_flops(
+    x: Size, weight: Size, bias: Size | None, gate_weight: Size | None, *_: Any, **__: Any
+) -> int:
     return 2 * prod(x) * weight[0] * (1 if gate_weight is None else 2)
 
 
-def _backward_flops(grad: Any, x: Any, weight: Any, *rest: Any, **_: Any) -> int:
-    bias, gate_weight, _, _, hidden, *_, output_mask = rest
+def _backward_flops(grad: Size, x: Size, weight: Size, *rest: Any, **__: Any) -> int:
+    bias, gate_weight, _, _, hidden, _, _, output_mask = rest
     need_x, need_weight, _, need_gate_weight, *_ = output_mask
     products = need_x + need_weight
     if gate_weight is not None:

@@ -3,10 +3,11 @@
 from typing import Literal
 
 import torch
+from torch import Tensor
+
 from gptopt.kernels.checks import (
     check_dropout,
     check_float,
-    check_like,
     check_shape,
     shape,
     wrong,
@@ -14,7 +15,6 @@ from gptopt.kernels.checks import (
 from gptopt.kernels.layernorm import op as _op  # noqa: F401 - registers gptopt::layernorm
 from gptopt.kernels.layernorm import reference
 from gptopt.kernels.select import Impl, runs_triton
-from torch import Tensor
 
 __all__ = ["layernorm"]
 

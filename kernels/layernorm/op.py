@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
 from gptopt.kernels import library
 from gptopt.kernels.layernorm import reference
 from gptopt.kernels.philox import drop
-from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def _body(

@@ -1,9 +1,10 @@
 """What layernorm means, in plain PyTorch."""
 
-import torch
 import torch.nn.functional as F
-from gptopt.kernels.philox import drop
 from torch import Tensor
+
+from gptopt.kernels.dtypes import wide
+from gptopt.kernels.philox import drop
 
 
 def layernorm(
@@ -31,10 +32,9 @@ def norm(h: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, eps: 
     C = h.shape[-1:]
     # torch's norms keep their statistics in float32 below it, but want one dtype throughout.
     if any(p is not None and p.dtype != h.dtype for p in (weight, bias)):
-        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-        weight = None if weight is None else weight.to(wide)
-        bias = None if bias is None else bias.to(wide)
-        return norm(h.to(wide), weight, bias, kind, eps).to(h.dtype)
+        weight = None if weight is None else weight.to(wide(h))
+        bias = None if bias is None else bias.to(wide(h))
+        return norm(h.to(wide(h)), weight, bias, kind, eps).to(h.dtype)
     if kind == "layer":
         y = F.layer_norm(h, C, weight, bias, eps)
     else:

@@ -1,11 +1,12 @@
 """rotary: positions as rotations of the queries and keys."""
 
 import torch
+from torch import Tensor
+
 from gptopt.kernels.checks import check_float, check_like, shape, wrong
 from gptopt.kernels.rotary import op as _op  # noqa: F401 - registers gptopt::rotary
 from gptopt.kernels.rotary import reference
 from gptopt.kernels.select import Impl, runs_triton
-from torch import Tensor
 
 __all__ = ["rotary"]
 
@@ -43,7 +44,8 @@ def rotary(
     """
     _validate(q, k, cos, sin)
     if torch.compiler.is_exporting() or runs_triton("rotary", impl, q):
-        return torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
+        pair: tuple[Tensor, Tensor] = torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
+        return pair
     return reference.rotary(q, k, cos, sin, interleaved)
 
 

@@ -9,10 +9,11 @@ A rotation's gradient is the rotation by the opposite angle: nothing of q and k 
 from typing import Any
 
 import torch
-from gptopt.kernels import library
-from gptopt.kernels.rotary import reference
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from gptopt.kernels import library
+from gptopt.kernels.rotary import reference
 
 Pair = tuple[Tensor, Tensor]
 
@@ -40,7 +41,8 @@ class _Function(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         with library.below_autograd():
-            return torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
+            pair: Pair = torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
+        return pair
 
     @staticmethod
     @once_differentiable

@@ -15,12 +15,13 @@ def rotary(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Turn each pair (a, b) of channels into (a cos - b sin, b cos + a sin), in the wider dtype."""
     R = cos.shape[-1]
-    turned, rest = x[..., : 2 * R], x[..., 2 * R :]
+    if x.shape[-1] > 2 * R:
+        turned = rotate(x[..., : 2 * R], cos, sin, interleaved)
+        return torch.cat((turned, x[..., 2 * R :]), dim=-1)
     if interleaved:
-        a, b = turned[..., 0::2], turned[..., 1::2]
+        a, b = x[..., 0::2], x[..., 1::2]
         turned = torch.stack((a * cos - b * sin, b * cos + a * sin), dim=-1).flatten(-2)
     else:
-        a, b = turned[..., :R], turned[..., R:]
+        a, b = x.chunk(2, dim=-1)
         turned = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-    turned = turned.to(x.dtype)
-    return turned if rest.shape[-1] == 0 else torch.cat((turned, rest), dim=-1)
+    return turned if turned.dtype == x.dtype else turned.to(x.dtype)

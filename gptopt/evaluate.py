@@ -206,6 +206,8 @@ def _open_model(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[
     provider = "cpu" if options.device == "auto" else options.device
     edge = EdgeModel(Path(options.model), provider=provider)
     _require_causal(options.model, edge.config["causal"])
+    if edge.tokenizer is None:
+        raise UserError(f"{options.model}: was exported without a tokenizer, so it reads no text")
     return edge_scorer(edge), edge.tokenizer, edge.block_size, {"provider": edge.provider}
 
 

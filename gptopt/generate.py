@@ -35,12 +35,14 @@ class TorchDecoder:
 
     Args:
         model: a causal model.
-        tokenizer_size: ids that may be chosen.
+        tokenizer_size: ids that may be chosen; None: all of the vocabulary.
     """
 
-    def __init__(self, model: GPT, tokenizer_size: int) -> None:
+    def __init__(self, model: GPT, tokenizer_size: int | None) -> None:
+        assert model.config.vocab_size is not None  # GPT demands it
         self.block_size = model.config.block_size
-        self.tokenizer_size = tokenizer_size
+        self.vocab_size = model.config.vocab_size
+        self.tokenizer_size = tokenizer_size or self.vocab_size
         self._model = model
         self._device = next(model.parameters()).device
         self._cache: list[Cache] | None = None
@@ -105,11 +107,9 @@ def generate_tokens(
         raise UserError(
             "this is a masked language model, it cannot continue a text; use a causal one"
         )
-    size = tokenizer.size if tokenizer is not None else model.config.vocab_size
-    assert size is not None  # GPT demands it
     with _inference(model):
         return complete(
-            TorchDecoder(model, size),
+            TorchDecoder(model, None if tokenizer is None else tokenizer.size),
             prompts,
             sampling,
             tokenizer=tokenizer,

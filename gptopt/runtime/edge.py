@@ -24,10 +24,11 @@ class EdgeModel:
     """A verified exported folder, ready to run.
 
     Attributes:
-        tokenizer: the folder's tokenizer.
+        tokenizer: the folder's tokenizer; None where the model was exported without one.
         config: sizes and end-of-text ids (gptopt.runtime.folder.EdgeConfig).
         provider: name of the provider that runs, such as "cpu".
-        block_size, tokenizer_size: tokens seen at once, ids that may be chosen.
+        block_size, vocab_size, tokenizer_size: tokens seen at once, ids that the model knows, ids
+            that may be chosen.
     """
 
     def __init__(
@@ -50,10 +51,12 @@ class EdgeModel:
             verify_folder(folder)
         self.config = load_config(folder)
         self.tokenizer = load_tokenizer(folder, self.config["tokenizer_size"])
-        self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
+        if self.tokenizer is not None:
+            self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
         self._session = Session(model_file(folder), self.config, provider, threads)
         self.provider = self._session.provider
         self.block_size = self.config["block_size"]
+        self.vocab_size = self.config["vocab_size"]
         self.tokenizer_size = self.config["tokenizer_size"]
         self._cache: list[Any] = []
         self._folder = folder

@@ -111,8 +111,10 @@ def model_file(folder: Path) -> Path:
     return path
 
 
-def load_tokenizer(folder: Path, size: int) -> Tokenizer:
-    """The folder's tokenizer, of exactly `size` ids."""
+def load_tokenizer(folder: Path, size: int) -> Tokenizer | None:
+    """The folder's tokenizer, of exactly `size` ids; None where it was exported without one."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
     tokenizer = Tokenizer.load(folder)
     if tokenizer.size != size:
         raise CheckFailed(

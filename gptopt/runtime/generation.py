@@ -28,7 +28,8 @@ class Decoder(Protocol):
     """A model with a key/value cache, as the loop sees it."""
 
     block_size: int  # tokens the model can see at once
-    tokenizer_size: int  # ids that may be chosen
+    vocab_size: int  # ids that it knows
+    tokenizer_size: int  # ids that may be chosen: the rest of the vocabulary is padding
 
     def prefill(self, ids: Ints, mask: Bools) -> Any:
         """Forget the cache, read ids (B, T) left padded where mask (B, T) is False.
@@ -193,7 +194,7 @@ class _Loop:
             return None
         seen = np.zeros((len(rows), self.decoder.tokenizer_size), dtype=np.bool_)
         for row in rows:
-            seen[row.index, row.window] = True
+            seen[row.index, [id_ for id_ in row.window if id_ < seen.shape[1]]] = True
         return seen
 
     def _take(self, row: _Row, token: int) -> None:
@@ -303,7 +304,7 @@ def complete(
 
     Raises:
         UserError: a prompt is longer than the context (unless it slides), is empty or holds ids
-            that the tokenizer lacks, or a stop text is empty.
+            that the model does not know, or a stop text is empty.
     """
     if any(not stop for stop in sampling.stop):
         raise UserError("--stop: an empty text would end every generation at once; remove it")
@@ -323,10 +324,10 @@ def complete(
 def _check_prompt(index: int, ids: list[int], decoder: Decoder, context: Context) -> None:
     if not ids:
         raise UserError(f"prompt {index + 1} is empty, and there is no start token to begin with")
-    if wrong := [id_ for id_ in ids if not 0 <= id_ < decoder.tokenizer_size]:
+    if wrong := [id_ for id_ in ids if not 0 <= id_ < decoder.vocab_size]:
         raise UserError(
-            f"prompt {index + 1}: token {wrong[0]} is not among the tokenizer's "
-            f"{decoder.tokenizer_size} ids; use the model's own tokenizer"
+            f"prompt {index + 1}: token {wrong[0]} is not among the model's {decoder.vocab_size} "
+            f"ids; use the model's own tokenizer"
         )
     if len(ids) > decoder.block_size and context == "error":
         raise UserError(

@@ -42,6 +42,8 @@ def run(options: RunOptions) -> dict[str, Any]:
     from gptopt.runtime.edge import EdgeModel
 
     model = EdgeModel(Path(options.folder), provider=options.provider, threads=options.threads)
+    if model.tokenizer is None:
+        raise UserError(f"{options.folder}: was exported without a tokenizer, so it reads no text")
     where = {"provider": model.provider}
     return continue_prompts(model.complete, model.tokenizer, options, where)
 

@@ -6,10 +6,11 @@ import numpy as np
 import onnx
 import pytest
 
-from gptopt.config import SamplingOptions
+from gptopt.config import RunOptions, SamplingOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import write_manifest
 from gptopt.runtime import EdgeModel
+from gptopt.runtime.verbs import run
 
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=8)
 
@@ -222,3 +223,19 @@ def test_broken_weights_are_told_from_a_choice(folder, prompts):
 def rng_ids(tokenizer):
     rng = np.random.default_rng(11)
     return lambda B, T: rng.integers(0, tokenizer.size - 1, size=(B, T))
+
+
+def test_a_folder_without_a_tokenizer_serves_token_ids(folder, prompts):
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink()
+    change_config(folder, tokenizer_size=320)
+    edge = EdgeModel(folder, threads=1)
+    assert edge.tokenizer is None
+    assert [len(tokens) for tokens in edge.generate(prompts[:2], GREEDY)] == [8, 8]
+    with pytest.raises(UserError, match="exported without a tokenizer"):
+        run(RunOptions(folder=str(folder), prompt=["x"]))
+
+
+def test_prompts_may_hold_padding_ids_that_are_never_chosen(edge):
+    options = GREEDY.model_copy(update={"repetition_penalty": 1.5})
+    assert len(edge.generate([[edge.vocab_size - 1]], options, end_ids=())[0]) == 8

@@ -14,7 +14,8 @@ class Script:
     """A decoder that says the given tokens, whatever it reads, and notes what it was given."""
 
     def __init__(self, rows, size, block_size=64):
-        self.rows, self.tokenizer_size, self.block_size = rows, size, block_size
+        self.rows, self.block_size = rows, block_size
+        self.vocab_size = self.tokenizer_size = size
         self.step, self.read = -1, []
 
     def prefill(self, ids, mask):
@@ -115,7 +116,7 @@ def test_an_empty_prompt_starts_from_the_beginning_of_text(tokenizer):
     [
         ([], "no prompt"),
         ([[1], []], "prompt 2 is empty"),
-        ([[1, 5]], "token 5 is not among the tokenizer's 5"),
+        ([[1, 5]], "token 5 is not among the model's 5"),
         ([[-1]], "token -1"),
         ([[1] * 9], "prompt 1 has 9 tokens, the model sees 8; .*--context slide"),
     ],

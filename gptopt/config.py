@@ -25,7 +25,7 @@ class Options(BaseModel):
 class ModelConfig(Options):
     """The shape of a GPT. Nothing in here says how it is run."""
 
-    n_layer: Size = Field(12, description="number of blocks")
+    n_layer: int = Field(12, gt=0, le=4096, description="number of blocks")
     n_head: Size = Field(12, description="number of query heads")
     n_kv_head: Size | None = Field(
         None,

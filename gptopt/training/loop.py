@@ -68,8 +68,8 @@ class Trainer:
         )
         if save:
             self._save(todo)
-        if caught and not self.state.stopped_by:
-            self._stop()
+        if caught and not self.state.stopped_by and (todo.evaluate or todo.sample):
+            self._stop()  # whoever sent the signal may not wait; a resume does what is due here
         self._finish(todo)
         if self.signals.caught and not self.state.stopped_by:
             self._stop()

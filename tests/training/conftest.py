@@ -15,6 +15,20 @@ SENTENCES = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _quick(request, monkeypatch):
+    """Half of a tiny run would be the matmul probe and the picture; `in_full` asks for both."""
+    if "in_full" in request.fixturenames:
+        return
+    monkeypatch.setattr("gptopt.training.run.matmul_peak", lambda device, dtype: None)
+    monkeypatch.setattr("gptopt.training.run.draw_loss", lambda *arguments: False)
+
+
+@pytest.fixture
+def in_full() -> None:
+    """Nothing of the run is left out."""
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """A few thousand characters of text that a tiny model can learn something from."""

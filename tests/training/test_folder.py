@@ -70,9 +70,9 @@ def holder(tmp_path):
 
 
 def test_a_second_trainer_is_refused_and_told_who_holds_the_lock(holder, tmp_path):
-    with pytest.raises(UserError, match=rf"process {holder.pid} on .* choose another --out"):
-        with hold_lock(tmp_path):
-            pass
+    message = rf"process {holder.pid} on .* choose another --out"
+    with pytest.raises(UserError, match=message), hold_lock(tmp_path):
+        pass
 
 
 def test_a_killed_holder_leaves_no_lock(holder, tmp_path):

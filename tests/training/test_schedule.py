@@ -1,6 +1,7 @@
 """The learning rate, by steps and by time."""
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_cosine_falls_to_min_lr_on_the_last_step(rates):
 
 def test_linear_falls_evenly_to_min_lr(rates):
     found = rates(schedule="linear")
-    falls = [a - b for a, b in zip(found[4:], found[5:], strict=False)]
+    falls = [a - b for a, b in pairwise(found[4:])]
     assert falls == pytest.approx([9e-3 / 16] * 16)
     assert found[-1] == pytest.approx(1e-3)
 

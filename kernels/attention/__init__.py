@@ -122,6 +122,7 @@ def attention(
     return AttentionOutput(out, (present_k, present_v), lse if need_lse else None)
 
 
+@torch.no_grad()
 def attention_decode(
     q: Tensor,
     k: Tensor,

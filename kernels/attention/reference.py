@@ -63,7 +63,6 @@ def attention(
     return out, k, v, lse
 
 
-@torch.no_grad()
 def attention_decode(
     q: Tensor,
     k: Tensor,

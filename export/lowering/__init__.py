@@ -1,0 +1,119 @@
+"""The second stage: a recorded program as an ONNX graph, one lowering per operator.
+
+Operators of gptopt stand in the program as one node each and are translated by the functions of
+this package; everything else a model does is translated by torch.onnx. Lowerings are written for
+clarity and repeat themselves in every layer: passes.py merges what is equal.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch.export import ExportedProgram
+
+from gptopt.errors import UserError, first_line
+from gptopt.export.contract import Contract
+from gptopt.export.lowering import attention, ffn, layernorm, rotary
+from gptopt.export.lowering.constants import embed_constants
+from gptopt.export.targets import Target
+from gptopt.export.trace import PREFIX, quiet
+
+Table = dict[Callable[..., Any], Callable[..., Any]]
+
+
+def table() -> Table:
+    """Operator -> what it becomes. cross_entropy has no ONNX body: an export ends at the logits."""
+    operators = torch.ops.gptopt
+    return {
+        operators.attention.default: attention.lower,
+        operators.ffn.default: ffn.lower,
+        operators.layernorm.default: layernorm.lower,
+        operators.rotary.default: rotary.lower,
+    }
+
+
+def lower(program: ExportedProgram, contract: Contract, target: Target) -> ir.Model:
+    """The ONNX graph of a recorded program, its inputs and outputs named by the contract.
+
+    Raises:
+        UserError: the program holds an operation that has no ONNX form.
+    """
+    # Its notes on packages that are not installed are of no use to anyone here.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
+    with _frozen(program), quiet():
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+                opset_version=target.opset,
+                custom_translation_table=table(),
+            )
+        except Exception as error:
+            # torch.onnx wraps whatever happens; the first cause says what was not understood.
+            raise UserError(
+                f"the model cannot be written as ONNX ({first_line(_root(error))}); "
+                f"use gptopt's operators and ordinary PyTorch in its forward pass"
+            ) from error
+    assert exported is not None
+    assert exported.exported_program is not None
+    model: ir.Model = exported.model
+    embed_constants(model, exported.exported_program)
+    _name_weights(model)
+    _apply_contract(model, contract)
+    model.ir_version = target.ir_version
+    return model
+
+
+@contextlib.contextmanager
+def _frozen(program: ExportedProgram) -> Iterator[None]:
+    """Weights ask for no gradient meanwhile, so that no operator takes its training form."""
+    trained = [parameter for parameter in program.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _name_weights(model: ir.Model) -> None:
+    """Weights bear the names that the model gives them."""
+    for value in list(model.graph.initializers.values()):
+        if value.name is not None and value.name.startswith(PREFIX):
+            value.name = value.name.removeprefix(PREFIX)
+
+
+def _apply_contract(model: ir.Model, contract: Contract) -> None:
+    """Name inputs, outputs and sizes; sizes that the contract does not know lose their name."""
+    names: dict[str, str] = {}
+    for values, dims in (
+        (model.graph.inputs, contract.inputs()),
+        (model.graph.outputs, contract.outputs()),
+    ):
+        assert len(values) == len(dims)
+        for value, (name, wanted) in zip(values, dims.items(), strict=True):
+            assert value.shape is not None
+            for found, dim in zip(value.shape, wanted, strict=True):
+                if isinstance(dim, str) and isinstance(found, ir.SymbolicDim) and found.value:
+                    names[found.value] = dim
+            value.name, value.shape = name, ir.Shape(wanted)
+    for node in model.graph:
+        for value in node.outputs:
+            if value.shape is not None and not value.is_graph_output():
+                value.shape = ir.Shape(
+                    dim if isinstance(dim, int) else names.get(dim.value or "")
+                    for dim in value.shape
+                )

@@ -1,0 +1,102 @@
+"""What people read of a proof: a table on the terminal, and README.md of the exported folder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from gptopt.config import ModelConfig
+
+
+def proof_table(proof: Mapping[str, Any]) -> str:
+    """One line for each case of a proof (`Proof.as_dict`), and one for greedy decoding."""
+    lines = [f"{'case':<24}{'error':>10}{'budget':>10}{'positions':>11}"]
+    lines += [
+        f"{each['case']:<24}{each['max_abs_error']:>10.1e}{each['budget']:>10.1e}"
+        f"{each['positions']:>11}  {'ok' if each['passed'] else 'FAILED'}"
+        for each in proof["cases"]
+    ]
+    if (greedy := proof["greedy"]) is not None:
+        lines.append(
+            f"greedy tokens agreeing: {greedy['agreeing']} of {greedy['tokens']} "
+            f"({greedy['distinct']} distinct{_ties(greedy)})"
+        )
+    return "\n".join(lines)
+
+
+def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: bool) -> str:
+    """The card as Markdown, every number from the report."""
+    task = "text-generation" if config.causal else "fill-mask"
+    header = f"---\nlibrary_name: onnxruntime\npipeline_tag: {task}\ntags:\n- gptopt\n- onnx\n---"
+    parts = [
+        header,
+        f"# A GPT of {report['parameters']:,} parameters, as ONNX",
+        _facts(config, report),
+        "## Run it\n\n" + _usage(config, tokenizer),
+        "## What was proven\n\n" + _proof(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _facts(config: ModelConfig, report: Mapping[str, Any]) -> str:
+    graph = report["graph"]
+    heads = f"{config.n_head} heads"
+    if config.kv_heads != config.n_head:
+        heads += f" ({config.kv_heads} for keys and values)"
+    kind = "next-token model" if config.causal else "bidirectional model (masked LM)"
+    rows = [
+        ("model", f"{kind}, {config.n_layer} layers of {config.n_embd} channels, {heads}"),
+        ("details", f"{config.norm_position}-{config.norm}, {config.activation}, "
+                    f"{config.position} positions"),
+        ("context", f"{config.block_size} tokens"),
+        ("vocabulary", f"{config.vocab_size} ids"),
+        ("graph", f"{graph['nodes']} nodes, opset {graph['opset']}, standard operators, float32"),
+        *((f"`{name}`", f"{size:,} bytes") for name, size in report["files"].items()
+          if name.startswith("onnx/")),
+    ]  # fmt: skip
+    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
+
+
+def _usage(config: ModelConfig, tokenizer: bool) -> str:
+    inputs = "`input_ids`, `attention_mask` and `position_ids` (int64)"
+    if not config.causal:
+        return f"`onnx/model.onnx` takes {inputs} and gives `logits`."
+    graph = (
+        f"`onnx/model.onnx` serves prefill and decode. It takes {inputs} and the cache "
+        f"`past_key_values.{{i}}.key|value`, empty at first, and gives `logits` and "
+        f"`present.{{i}}.key|value`. `position_ids` count real tokens from 0: "
+        f"`cumsum(attention_mask) - 1`. Padding may stand on either side."
+    )
+    if not tokenizer:
+        return f"The folder holds no tokenizer.\n\n{graph}"
+    commands = (
+        "```\n"
+        "pip install 'gptopt[edge]'\n"
+        'gptopt run THIS_FOLDER --prompt "Once upon a time"\n'
+        "```\n\n"
+        "The same folder is laid out for onnxruntime-genai, transformers.js and optimum-onnx."
+    )
+    return f"{commands}\n\n{graph}"
+
+
+def _proof(report: Mapping[str, Any]) -> str:
+    versions = report["versions"]
+    rows = [
+        f"| {each['case']} | {each['positions']} | {each['max_abs_error']:.1e} | "
+        f"{each['budget']:.1e} |"
+        for each in report["cases"]
+    ]
+    text = (
+        f"Every logit of onnxruntime {versions['onnxruntime']} was compared with the PyTorch model "
+        f"(torch {versions['torch']}) in float64. The budget is twice the error of the same model "
+        f"in float32 PyTorch, or 2e-5 of the range of the logits, whichever is more.\n\n"
+        f"| case | positions | largest error | budget |\n|---|---|---|---|\n" + "\n".join(rows)
+    )
+    if (greedy := report["greedy"]) is None:
+        return text
+    return (
+        f"{text}\n\nGreedy decoding: {greedy['agreeing']} of {greedy['tokens']} tokens are those "
+        f"of the float64 model on the same text ({greedy['distinct']} distinct{_ties(greedy)})."
+    )
+
+
+def _ties(greedy: Mapping[str, Any]) -> str:
+    return f", {greedy['near_ties']} near ties" if greedy["near_ties"] else ""

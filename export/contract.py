@@ -1,0 +1,60 @@
+"""Names and shapes of an exported graph: what every client may rely on, in one place."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from gptopt.config import ModelConfig
+
+Dims = tuple[int | str, ...]
+
+BATCH = "batch_size"
+SEQUENCE = "sequence_length"  # T, the new tokens
+PAST = "past_sequence_length"  # P, the tokens in the cache
+TOTAL = "total_sequence_length"  # S = P + T
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Contract:
+    """Inputs and outputs of the graph, in order, with the names clients know them by.
+
+    A causal model has a cache: layer i reads past_key_values.{i}.key|value and writes
+    present.{i}.key|value. A bidirectional one has none, and its mask is as long as its input.
+    """
+
+    n_layer: int
+    kv_heads: int
+    head_size: int
+    vocab_size: int
+    causal: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Self:
+        """The contract of a model with these sizes."""
+        assert config.vocab_size is not None
+        return cls(
+            n_layer=config.n_layer,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            vocab_size=config.vocab_size,
+            causal=config.causal,
+        )
+
+    def inputs(self) -> dict[str, Dims]:
+        """Input name -> dimensions. Tokens, mask and positions are int64, the cache is float."""
+        mask = TOTAL if self.causal else SEQUENCE
+        tokens = {
+            "input_ids": (BATCH, SEQUENCE),
+            "attention_mask": (BATCH, mask),
+            "position_ids": (BATCH, SEQUENCE),
+        }
+        return tokens | self._cache("past_key_values", PAST)
+
+    def outputs(self) -> dict[str, Dims]:
+        """Output name -> dimensions, all float."""
+        logits: dict[str, Dims] = {"logits": (BATCH, SEQUENCE, self.vocab_size)}
+        return logits | self._cache("present", TOTAL)
+
+    def _cache(self, name: str, length: str) -> dict[str, Dims]:
+        layers = range(self.n_layer if self.causal else 0)
+        dims = (BATCH, self.kv_heads, length, self.head_size)
+        return {f"{name}.{i}.{part}": dims for i in layers for part in ("key", "value")}

@@ -1,0 +1,219 @@
+"""The proof: an exported graph against the PyTorch model in higher precision.
+
+One budget rules every case: the graph may be at most twice as far from the float64 model as the
+same model in float32 PyTorch is, or 2e-5 of the range of the logits, whichever is more.
+"""
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch import nn
+
+from gptopt.export import cases as plays
+from gptopt.export.contract import Contract
+from gptopt.export.reference import Expected, Reference
+from gptopt.export.session import Claim, Session
+from gptopt.export.trace import Exportable
+
+logger = logging.getLogger(__name__)
+
+_TORCH_FACTOR = 2.0
+_RANGE_FACTOR = 2e-5
+_GREEDY_TOKENS = 128
+_SEED = 20
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """What one case showed.
+
+    Attributes:
+        max_abs_error: largest distance of a logit from the float64 model.
+        torch_error: the same of the float32 model in PyTorch.
+        logit_range: largest minus smallest logit.
+        positions: tokens whose logits were compared.
+        first_bad: where the budget was first exceeded, or None.
+    """
+
+    case: str
+    max_abs_error: float = 0.0
+    torch_error: float = 0.0
+    logit_range: float = 0.0
+    positions: int = 0
+    first_bad: str | None = None
+
+    @property
+    def budget(self) -> float:
+        """Largest error that passes."""
+        return max(_TORCH_FACTOR * self.torch_error, _RANGE_FACTOR * self.logit_range)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every logit is finite and within the budget."""
+        return self.first_bad is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        return {**asdict(self), "budget": self.budget, "passed": self.passed}
+
+
+@dataclass(kw_only=True, slots=True)
+class Greedy:
+    """Greedy tokens of the graph, each compared with the float64 model on the same text so far.
+
+    A near tie is another token whose float64 logit is within the budget of the best one.
+    """
+
+    tokens: int = 0
+    agreeing: int = 0
+    near_ties: int = 0
+    distinct: int = 0
+    first_bad: str | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class Proof:
+    """All cases of a proof."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    greedy: Greedy | None = None
+    seconds: float = 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether every case held."""
+        return self.failure is None
+
+    @property
+    def worst(self) -> Outcome:
+        """The case that used most of its budget."""
+        return max(self.outcomes, key=lambda each: (not each.passed, _used(each)))
+
+    @property
+    def failure(self) -> str | None:
+        """The first case that did not hold, in a line: its name, the error, the budget, where."""
+        for each in self.outcomes:
+            if not each.passed:
+                return (
+                    f"{each.case}: logit error {each.max_abs_error:.2e}, budget "
+                    f"{each.budget:.2e}, first exceeded at {each.first_bad}"
+                )
+        if self.greedy is not None and self.greedy.first_bad is not None:
+            return f"greedy: another token at {self.greedy.first_bad}"
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json and --json."""
+        return {
+            "passed": self.passed,
+            "max_abs_error": self.worst.max_abs_error,
+            "budget": self.worst.budget,
+            "worst_case": self.worst.case,
+            "cases": [each.as_dict() for each in self.outcomes],
+            "greedy": None if self.greedy is None else asdict(self.greedy),
+        }
+
+
+def prove(
+    path: Path,
+    model: nn.Module,
+    *,
+    vocab_size: int | None = None,
+    cases: Collection[str] | None = None,
+) -> Proof:
+    """Compare an ONNX file with the model it was made from, in every way that clients use it.
+
+    Args:
+        path: the ONNX file.
+        model: the model in float32, in evaluation mode (see `trace.Exportable`).
+        vocab_size: ids that occur in texts, where the vocabulary is padded.
+        cases: names of the cases to play; None is all of them.
+
+    Raises:
+        CheckFailed: onnxruntime refuses the file, or it does not have the contract's names.
+    """
+    started = time.monotonic()
+    config = cast(Exportable, model).config
+    contract = Contract.of(config)
+    stage = plays.Stage(
+        session=Session(path, contract),
+        random=np.random.default_rng(_SEED),
+        vocab_size=vocab_size or contract.vocab_size,
+        block_size=config.block_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
+    reference = Reference(model, causal=contract.causal)
+    proof = Proof()
+    for name, case in (plays.CACHED if contract.causal else plays.UNCACHED).items():
+        if cases is not None and name not in cases:
+            continue
+        claims = [claim for stream in case(stage) for claim in stream.claims]
+        _add(proof, judge(name, claims, reference.expect(claims)))
+    if contract.causal and (cases is None or "greedy" in cases):
+        tokens = min(_GREEDY_TOKENS, config.block_size - stage.fit(4) + 1)
+        claims = plays.greedy(stage, tokens).claims
+        expected = reference.expect(claims)
+        outcome = judge("greedy", claims, expected)
+        proof.greedy = judge_greedy(claims, expected, outcome.budget, stage.vocab_size)
+        _add(proof, outcome)
+    proof.seconds = time.monotonic() - started
+    return proof
+
+
+def judge(case: str, claims: Sequence[Claim], expected: Sequence[Expected]) -> Outcome:
+    """Compare every claimed logit with the float64 model."""
+    outcome = Outcome(case=case)
+    low, high = np.inf, -np.inf
+    errors: list[tuple[float, Claim, int]] = []
+    for claim, (double, single) in zip(claims, expected, strict=True):
+        low, high = min(low, float(double.min())), max(high, float(double.max()))
+        outcome.torch_error = max(outcome.torch_error, float(np.abs(single - double).max()))
+        distance = np.abs(claim.logits - double).max(axis=1)
+        distance[~np.isfinite(claim.logits).all(axis=1)] = np.inf
+        errors += [(float(error), claim, index) for index, error in enumerate(distance)]
+    outcome.logit_range = high - low
+    outcome.positions = len(errors)
+    outcome.max_abs_error = max(error for error, _, _ in errors)
+    for error, claim, index in errors:
+        if not error <= outcome.budget:
+            outcome.first_bad = f"token {claim.first + index} of row {claim.row}"
+            break
+    return outcome
+
+
+def judge_greedy(
+    claims: Sequence[Claim], expected: Sequence[Expected], budget: float, vocab_size: int
+) -> Greedy:
+    """Compare the token that each claim makes the likeliest one."""
+    result = Greedy()
+    chosen: set[int] = set()
+    for claim, (double, _) in zip(claims, expected, strict=True):
+        mine = int(claim.logits[-1, :vocab_size].argmax())
+        wanted = double[-1, :vocab_size]
+        chosen.add(mine)
+        result.tokens += 1
+        if mine == int(wanted.argmax()):
+            result.agreeing += 1
+        elif wanted.max() - wanted[mine] <= budget:
+            result.near_ties += 1
+        elif result.first_bad is None:
+            result.first_bad = f"token {len(claim.tokens)}"
+    result.distinct = len(chosen)
+    return result
+
+
+def _add(proof: Proof, outcome: Outcome) -> None:
+    proof.outcomes.append(outcome)
+    logger.info(
+        "proof of %s: error %.1e, budget %.1e%s", outcome.case, outcome.max_abs_error,
+        outcome.budget, "" if outcome.passed else ", FAILED",
+    )  # fmt: skip
+
+
+def _used(outcome: Outcome) -> float:
+    return outcome.max_abs_error / outcome.budget if outcome.budget else 0.0

@@ -1,0 +1,54 @@
+"""Random models that can fail a proof.
+
+A random tied GPT-2 repeats one token and agrees with a model whose blocks are all zero. Here what a
+block writes outweighs what the embedding wrote, attention is sharp, and no activation adds the same
+vector to every token, so that greedy tokens keep changing.
+"""
+
+import torch
+
+from gptopt.config import ModelConfig
+from gptopt.model import GPT
+
+SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 136, "vocab_size": 2048}
+GAINS = {"qkv": 4.0, "proj": 2.0, "up": 3.0, "gate": 3.0, "down": 4.0}
+
+
+@torch.no_grad()
+def spread(model, seed=0):
+    """Draw the weights of a module anew, so that each of them matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, generator=generator)
+        layer = name.removesuffix(".weight").rpartition(".")[2]
+        if parameter.dim() == 1:
+            parameter.copy_(0.1 * values + (0.0 if name.endswith("bias") else 1.0))
+        elif layer == "wte":
+            parameter.copy_(0.5 * values)
+        elif layer == "wpe":
+            parameter.copy_(values)
+        else:
+            if layer == "down":
+                values -= values.mean(dim=1, keepdim=True)
+            parameter.copy_(GAINS.get(layer, 3.0) * parameter.shape[1] ** -0.5 * values)
+    return model.eval()
+
+
+def random_gpt(seed=0, **options):
+    """A small random GPT, untied unless asked for."""
+    config = ModelConfig(**{**SIZES, "tie_head": False, **options})
+    return spread(GPT(config, kernels="reference"), seed)
+
+
+@torch.no_grad()
+def greedy(model, tokens):
+    """What a causal model says after four random tokens."""
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, 4), generator=torch.Generator().manual_seed(1)
+    )
+    said, past = [], None
+    for _ in range(tokens):
+        output = model(ids, past=past, use_cache=True)
+        past, ids = output.present, output.logits[:, -1:].argmax(-1)
+        said.append(int(ids))
+    return said

@@ -74,22 +74,25 @@ def _dispatch(arguments: list[str]) -> int:
         raise UserError(f"{name!r} is not a verb{_hint(name, VERBS)}; see gptopt --help")
     verb = VERBS[name]
     options = parse(name, arguments[1:])
-    function = _load(name, verb)
-    if not getattr(options, "json_output", False):
-        function(options)
-        return 0
-    with contextlib.redirect_stdout(sys.stderr):  # stdout carries the JSON object and nothing else
-        result = function(options)
+    with _named_extra(name, verb):
+        module, _, attribute = verb.function.partition(":")
+        function = getattr(importlib.import_module(module), attribute)
+        if not getattr(options, "json_output", False):
+            function(options)
+            return 0
+        with contextlib.redirect_stdout(sys.stderr):  # stdout carries the JSON object alone
+            result = function(options)
     log.say(json.dumps(result, ensure_ascii=False))
     return 0
 
 
-def _load(name: str, verb: Verb) -> Any:
-    module, _, attribute = verb.function.partition(":")
+@contextlib.contextmanager
+def _named_extra(name: str, verb: Verb) -> Iterator[None]:
+    """Say which extra brings a package that is not installed."""
     try:
-        return getattr(importlib.import_module(module), attribute)
+        yield
     except ModuleNotFoundError as error:
-        if verb.extra is None or (error.name or "").startswith("gptopt"):
+        if verb.extra is None or (error.name or "gptopt").startswith("gptopt"):
             raise
         raise UserError(
             f"gptopt {name} needs the package {error.name}; pip install 'gptopt[{verb.extra}]'"

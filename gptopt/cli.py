@@ -157,10 +157,14 @@ def _parser(name: str, verb: Verb, options: "type[BaseModel]") -> "_Parser":
             groups[group] = parser.add_argument_group(options.model_fields[group].description)
         if key == verb.positional:
             many = _is_list(field)
-            metavar = key.upper().removesuffix("S") if many else key.upper()
-            parser.usage = f"%(prog)s {metavar}{' ...' if many else ''} [options]"
+            parser.usage = f"%(prog)s {_metavar_of(key)}{' ...' if many else ''} [options]"
+            # Optional for argparse, because a --config file may give it; pydantic sees to the rest.
             parser.add_argument(
-                key, nargs="+" if many else None, metavar=metavar, help=field.description
+                key,
+                nargs="*" if many else "?",
+                default=argparse.SUPPRESS,
+                metavar=_metavar_of(key),
+                help=field.description,
             )
         else:
             _add_flag(groups.get(group, parser), key, field)
@@ -168,6 +172,11 @@ def _parser(name: str, verb: Verb, options: "type[BaseModel]") -> "_Parser":
     parser.add_argument("--quiet", action="store_true", help="show warnings and errors only")
     parser.add_argument("--debug", action="store_true", help="show a traceback on an error")
     return parser
+
+
+def _metavar_of(positional: str) -> str:
+    """inputs -> INPUT"""
+    return positional.upper().removesuffix("S")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -314,7 +323,8 @@ def _explain(name: str, error: "ValidationError", sources: dict[str, str], file:
     flag = "--" + key.replace("_", "-")
     where = f"{file}: {key}" if sources.get(key) == "file" else f"gptopt {name}: {flag}"
     if first["type"] == "missing":
-        return f"gptopt {name}: {flag} is required; see gptopt {name} --help"
+        needed = _metavar_of(key) if key == VERBS[name].positional else flag
+        return f"gptopt {name}: {needed} is required; see gptopt {name} --help"
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         where = f"gptopt {name}: {key}" if key else f"gptopt {name}"

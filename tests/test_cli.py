@@ -164,3 +164,10 @@ def test_every_default_is_valid():
         for key, field in cli._leaves(options):
             if not field.is_required() and typing.get_origin(field.annotation) is typing.Literal:
                 assert field.default in typing.get_args(field.annotation), key
+
+
+def test_a_saved_config_can_be_used_again(tmp_path):
+    file = tmp_path / "config.toml"
+    file.write_text('inputs = ["corpus.txt"]\nout = "runs/a"\nsteps = 3\n')
+    options = parse("train", "--config", str(file), "--out", "runs/b")
+    assert (options.inputs, options.out, options.steps) == (["corpus.txt"], "runs/b", 3)

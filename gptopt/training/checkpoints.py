@@ -56,6 +56,11 @@ class Checkpoints:
                 return folder
         return None
 
+    def forget(self) -> None:
+        """Remove pointers that no checkpoint stands behind any more: a new run begins."""
+        for name in ("best", "latest"):
+            (self.run / name).unlink(missing_ok=True)
+
     def clean(self) -> None:
         """Remove what a killed writer left half-written."""
         for folder in (self.run, self.folder):
@@ -96,9 +101,11 @@ class Checkpoints:
         return self.folder / target if _NAME.fullmatch(target) else None
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`, `best` and `latest`."""
-        kept = {*self.all()[-keep:], self.pointed("best"), self.pointed("latest")}
-        for folder in self.all():
+        """Remove all but `best`, `latest` and the newest `keep` beside the best one."""
+        best, latest = self.pointed("best"), self.pointed("latest")
+        found = self.all()
+        kept = {best, latest, *[folder for folder in found if folder != best][-keep:]}
+        for folder in found:
             if folder not in kept:
                 # Renamed first: a kill half-way leaves a leftover, not a damaged checkpoint.
                 doomed = folder.with_name(f".tmp-{folder.name}")

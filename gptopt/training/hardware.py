@@ -15,6 +15,7 @@ import torch
 from gptopt import __version__
 from gptopt.config import ModelConfig, TrainOptions
 from gptopt.errors import UserError
+from gptopt.kernels import OPERATORS, explain
 from gptopt.model import GPT
 
 _PROBE_SECONDS = 0.2
@@ -175,10 +176,17 @@ def environment(
         "torch_threads": torch.get_num_threads(),
         "cpu_count": os.cpu_count(),
         "dtype": dtype_name(dtype),
-        "kernels": options.kernels,
+        "operators": _operators(device, options.kernels),
         "compile": options.compile,
         "matmul_peak_flops": peak,
     }
+
+
+def _operators(device: torch.device, kernels: str) -> dict[str, str]:
+    """Which body of each operator runs."""
+    if kernels != "auto":
+        return dict.fromkeys(OPERATORS, kernels)
+    return {name: body for name, (body, _) in explain(device).items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -1,11 +1,11 @@
 """metrics.jsonl: one line per logged step, each step once, across any number of resumes."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from gptopt.errors import UserError
+from gptopt.manifest import write_text
 
 METRICS = "metrics.jsonl"
 Line = dict[str, Any]
@@ -33,9 +33,7 @@ class Metrics:
         if not self.path.exists():
             return
         kept = [line for line in read_metrics(self.path) if line["step"] < first_dropped]
-        staged = self.path.with_name(f".tmp-{METRICS}-{os.getpid()}")
-        staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        staged.replace(self.path)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_metrics(path: Path) -> list[Line]:

@@ -20,6 +20,7 @@ from gptopt.training.plot import draw_loss
 from gptopt.training.resume import refuse_changed_options
 from gptopt.training.session import Session, open_session
 from gptopt.training.state import load_state
+from gptopt.training.step import DIVERGED
 
 logger = logging.getLogger(__name__)
 
@@ -71,12 +72,18 @@ def _finished(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict
 
 
 def _train(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict[str, Any]:
-    (out / RESULT).unlink(missing_ok=True)
+    for name in (RESULT, DIVERGED):
+        (out / name).unlink(missing_ok=True)
     try:
         session = open_session(options, out, checkpoint)
         peak = matmul_peak(session.device, session.dtype)
         write_config(out, options)
-        write_json(out / ENVIRONMENT, environment(session.device, session.dtype, options, peak))
+        here = environment(session.device, session.dtype, options, peak)
+        if checkpoint is None:
+            session.checkpoints.forget()
+        else:
+            _tell_changes(out / ENVIRONMENT, here)
+        write_json(out / ENVIRONMENT, here)
         # The checkpoint's own line is kept too, unless its step was not finished when it was saved.
         first_dropped = session.state.step + (session.state.todo is None) if checkpoint else 0
         Metrics(out).truncate(first_dropped)
@@ -92,6 +99,19 @@ def _train(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict[st
     result = _result(session, checkpoint)
     write_json(out / RESULT, result)
     return result
+
+
+def _tell_changes(path: Path, here: dict[str, Any]) -> None:
+    """What is allowed to change on a resume, but may change the last bits of what is computed."""
+    if not path.is_file():
+        return
+    before = read_json(path)
+    for name in ("torch", "device", "device_name", "torch_threads", "operators", "compile"):
+        if before.get(name) != here[name]:
+            logger.warning(
+                "%s was %s and is %s now: the run goes on, but not bit for bit as it would have",
+                name, before.get(name), here[name],
+            )  # fmt: skip
 
 
 def _introduce(session: Session, checkpoint: Path | None) -> None:

@@ -183,11 +183,11 @@ def test_without_validation_text_the_run_stands_for_its_last_checkpoint(options,
 
 
 def test_checkpoint_every_0_saves_the_best_evaluations_and_the_end(options, tmp_path, monkeypatch):
-    losses = iter([3.0, 1.0, 2.0])
+    losses = iter([3.0, 1.0, 2.0, 2.5])
     monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: next(losses))
-    train(options(checkpoint_every=0, eval_every=2))
+    train(options(steps=8, checkpoint_every=0, eval_every=2))
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert names == ["step-000004", "step-000006"]
+    assert names == ["step-000002", "step-000004", "step-000008"]
 
 
 def test_mfu_is_null_where_no_peak_was_measured(options, metrics):

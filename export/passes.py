@@ -167,11 +167,24 @@ def strip(model: ir.Model) -> None:
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
+    outputs = (value for node in model.graph for value in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *outputs):
+        value.metadata_props.clear()
+
+
+def name_presents(model: ir.Model) -> None:
+    """Keep the cache's outputs where it is an input, read or not: onnxruntime insists on them."""
+    for node in _nodes(model, "Attention"):
+        if len(node.inputs) > 4 and node.inputs[4] is not None:
+            node.resize_outputs(max(3, len(node.outputs)))
+            for output, part in zip(node.outputs[1:3], ("key", "value"), strict=True):
+                output.name = output.name or f"{node.outputs[0].name}.{part}"
 
 
 PASSES: Sequence[Callable[[ir.Model], None]] = (
     fold_weight_transposes,
     read_shapes_from_inputs,
+    share_subexpressions,  # before folding gives equal constants of several layers several names
     fold_constants,
     make_reshapes_constant,
     keep_heads_last,
@@ -179,6 +192,7 @@ PASSES: Sequence[Callable[[ir.Model], None]] = (
     merge_constants,
     share_subexpressions,
     strip,
+    name_presents,
 )
 
 

@@ -22,6 +22,8 @@ class Session:
         self.contract = contract
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors only: they are raised as well
+        # Threads that wait actively would take the cores from PyTorch, which runs in between.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 path, options, providers=["CPUExecutionProvider"]
@@ -58,10 +60,11 @@ class Session:
         ):
             shapes = {value.name: tuple(value.shape) for value in found}
             if shapes != wanted:
-                wrong = sorted(set(shapes.items()) ^ set(wanted.items()))
+                names = {**wanted, **shapes}
+                wrong = next(name for name in names if shapes.get(name) != wanted.get(name))
                 raise CheckFailed(
-                    f"{path}: its {kind} are not those of the contract, see {wrong[0][0]}: "
-                    f"found {shapes.get(wrong[0][0])}, expected {wanted.get(wrong[0][0])}"
+                    f"{path}: its {kind} are not those of the contract, see {wrong!r}: "
+                    f"found {shapes.get(wrong)}, expected {wanted.get(wrong)}"
                 )
 
 

@@ -41,6 +41,13 @@ def lower(program: ExportedProgram, contract: Contract, target: Target) -> ir.Mo
     Raises:
         UserError: the program holds an operation that has no ONNX form.
     """
+    model = translate(program, target)
+    _apply_contract(model, contract)
+    return model
+
+
+def translate(program: ExportedProgram, target: Target) -> ir.Model:
+    """The ONNX graph of any recorded program, its sizes named by the tracer."""
     # Its notes on packages that are not installed are of no use to anyone here.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with _frozen(program), quiet():
@@ -64,7 +71,6 @@ def lower(program: ExportedProgram, contract: Contract, target: Target) -> ir.Mo
     model: ir.Model = exported.model
     embed_constants(model, exported.exported_program)
     _name_weights(model)
-    _apply_contract(model, contract)
     model.ir_version = target.ir_version
     return model
 

@@ -87,6 +87,8 @@ def _bias(
     distance = op.Sub(queries(position), keys(position))
     if window is not None:
         conditions.append(op.Less(distance, op.Constant(value_int=window)))
+        if not causal:  # a window looks back
+            conditions.append(op.GreaterOrEqual(distance, zero))
     if not conditions and alibi_slopes is None:
         return None
     bias: Value = op.Constant(value_float=0.0)

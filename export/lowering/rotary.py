@@ -7,17 +7,18 @@ from onnxscript import opset23 as op
 Value = Any  # a tensor in the graph under construction
 
 
-def lower(q: Value, k: Value, cos: Value, sin: Value, interleaved: bool) -> tuple[Value, Value]:
+def lower(q: Value, k: Value, cos: Value, sin: Value, interleaved: bool) -> tuple[Value, ...]:
     """gptopt::rotary: (q, k)."""
+    width = 2 * cos.shape[-1]
     if cos.shape[0] == 1:  # the operator wants the tables of every row
         batch = op.Shape(q, start=0, end=1)
         shape = op.Concat(batch, op.Constant(value_ints=[1, 1]), axis=0)
         cos, sin = op.Expand(cos, shape), op.Expand(sin, shape)
-    return _rotate(q, cos, sin, interleaved), _rotate(k, cos, sin, interleaved)
+    return tuple(_rotate(x, cos, sin, width, interleaved) for x in (q, k))
 
 
-def _rotate(x: Value, cos: Value, sin: Value, interleaved: bool) -> Value:
-    width, attributes = 2 * cos.shape[-1], {"interleaved": int(interleaved)}
+def _rotate(x: Value, cos: Value, sin: Value, width: int, interleaved: bool) -> Value:
+    attributes = {"interleaved": int(interleaved)}
     if width < x.shape[-1]:
         attributes["rotary_embedding_dim"] = width
     return op.RotaryEmbedding(x, cos, sin, **attributes)

@@ -36,8 +36,11 @@ def attention(
     T, S = q.shape[2], k.shape[2]
     fused = not need_lse and softcap is None and dropout_p == 0.0
     unmasked = key_mask is None and doc_ids is None and window is None and alibi_slopes is None
-    if fused and unmasked and (not causal or T == S or T == 1):
-        return fused_attention(q, k, v, None, None, scale, causal=causal and T > 1), k, v, None
+    if fused and unmasked:
+        if not causal or T == 1:
+            return fused_attention(q, k, v, None, None, scale), k, v, None
+        if T == S:
+            return fused_attention(q, k, v, None, None, scale, causal=True), k, v, None
 
     distance = distances(T, S, key_mask, q.device)
     see = visible(distance, causal, window)
@@ -136,6 +139,8 @@ def fused_attention(
     if see is not None:
         see = see.unsqueeze(1)  # (1 | B, 1, T, S)
         mask = see if bias is None else bias.masked_fill(~see, -torch.inf)
+    # torch.compile may hold the comparison as a symbol, and torch's kernel wants a bool.
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -143,7 +148,7 @@ def fused_attention(
         attn_mask=mask,
         is_causal=causal,
         scale=scale,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=grouped,
     )
 
 

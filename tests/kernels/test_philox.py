@@ -62,31 +62,30 @@ def kernel(out, offsets, seed, N: tl.constexpr):
     e, _, _, _ = tl.philox(seed, low, low * 0 + 3, low * 0 + 5, low * 0)
     tl.store(out + 4 * N + i, e)
 
-offsets = torch.tensor(json.loads(%r))
-out = torch.empty(5, len(offsets), dtype=torch.int32)
-kernel[(1,)](out, offsets, %d, len(offsets))
+offsets, seeds = map(torch.tensor, json.loads(%r))
+out = torch.empty(2, 5, len(offsets), dtype=torch.int32)
+for row, seed in zip(out, seeds.tolist()):
+    kernel[(1,)](row, offsets, seed, len(offsets))
 print(json.dumps((out.long() %% 2**32).tolist()))
 """
 
 
-@pytest.mark.parametrize("seed", [2**40 + 12345, -7])
-def test_numbers_are_those_of_triton(tmp_path, seed):
+def test_numbers_are_those_of_triton(tmp_path):
     pytest.importorskip("triton")
+    seeds = [2**40 + 12345, -7]
     offsets = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1, 2**40 + 3]
     program = tmp_path / "program.py"
-    program.write_text(TRITON_PROGRAM % (json.dumps(offsets), seed))
+    program.write_text(TRITON_PROGRAM % json.dumps([offsets, seeds]))
     env = {**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
-    *words, plane = json.loads(done.stdout)
 
-    key = tensors(seed & WORD, (seed >> 32) & WORD)
-    index = torch.tensor(offsets)
-    zero = torch.tensor(0)
-    ours = philox((index & WORD, index >> 32, zero, zero), key)
-    assert [word.tolist() for word in ours] == words
-    low = torch.arange(len(offsets))
-    assert first_word((low, torch.tensor(3), torch.tensor(5), zero), key).tolist() == plane
+    index, low, zero = torch.tensor(offsets), torch.arange(len(offsets)), torch.tensor(0)
+    for seed, (*words, plane) in zip(seeds, json.loads(done.stdout), strict=True):
+        key = tensors(seed & WORD, (seed >> 32) & WORD)
+        ours = philox((index & WORD, index >> 32, zero, zero), key)
+        assert [word.tolist() for word in ours] == words
+        assert first_word((low, *tensors(3, 5), zero), key).tolist() == plane
 
 
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1])

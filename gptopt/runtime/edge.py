@@ -19,6 +19,9 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Cache = list[tuple[Floats, Floats]]
 
+_SCORES_AT_ONCE = 2**24  # float32 logits of one part of a prompt: 64 MiB
+_SHORTEST_PART = 16  # tokens; shorter ones would read the weights too often
+
 
 class EdgeModel:
     """A verified exported folder, ready to run.
@@ -93,18 +96,23 @@ class EdgeModel:
 
     def prefill(self, ids: Ints, mask: Bools) -> Floats:
         """Forget the cache and read ids (B, T); scores (B, V) of the last position."""
+        B, T = ids.shape
+        # The graph scores every position; read in parts, those scores stay small: of 16 prompts
+        # of 1024 tokens GPT-2's would take 3 GiB.
+        step = max(_SHORTEST_PART, _SCORES_AT_ONCE // (B * self.vocab_size))
         self._cache = []
-        if ids.shape[1] > 1:
-            # All but the last column feed only the cache: the head, the largest matrix of a small
-            # model, and the last ffn are left out (a third of a long GPT-2 prompt's time).
-            T = ids.shape[1] - 1
-            seen = mask[:, :T]
-            self._cache = self._session.fill(ids[:, :T], seen, positions(seen, T))
-        return self.decode(ids[:, -1:], mask)
+        for begin in range(0, T, step):
+            end = min(begin + step, T)
+            scores = self._read(ids[:, begin:end], mask[:, :end])
+        return scores
 
     def decode(self, ids: Ints, mask: Bools) -> Floats:
         """Read one more column, ids (B, 1), with mask (B, S) over all; scores (B, V)."""
-        logits, self._cache = self._session.run(ids, mask, positions(mask, 1), self._cache)
+        return self._read(ids, mask)
+
+    def _read(self, ids: Ints, mask: Bools) -> Floats:
+        order = positions(mask, ids.shape[1])
+        logits, self._cache = self._session.run(ids, mask, order, self._cache)
         return logits[:, -1]
 
     def choose(

@@ -48,13 +48,10 @@ class Session:
         ort = _onnxruntime()
         self.provider = provider.lower()
         self._device = _provider(ort, provider)[1]
-        self._ort = ort
         self._session = _open(ort, path, _provider(ort, provider)[0], threads)
         self._past, self._present = _cache_names(config)
         self._dtype = _check_contract(self._session, path, config)
         self._shape = (config["kv_heads"], config["head_size"])
-        self._cache_only = ort.RunOptions()
-        self._cache_only.only_execute_path_to_fetches = True
 
     def run(
         self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any]
@@ -65,22 +62,10 @@ class Session:
         `past` is a cache this method returned, or arrays (B, K, P, D), key and value by layer; an
         empty one stands for P = 0.
         """
-        logits, *present = self._bound(ids, mask, position_ids, past, ["logits", *self._present])
+        logits, *present = self._bound(ids, mask, position_ids, past)
         return logits.numpy().astype(np.float32, copy=False), present
 
-    def fill(self, ids: Ints, mask: Bools, position_ids: Ints) -> list[Any]:
-        """The cache after ids (B, T) that start a text; no scores are computed."""
-        return self._bound(ids, mask, position_ids, [], self._present, self._cache_only)
-
-    def _bound(
-        self,
-        ids: Ints,
-        mask: Bools,
-        position_ids: Ints,
-        past: Sequence[Any],
-        outputs: list[str],
-        options: Any = None,
-    ) -> list[Any]:
+    def _bound(self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any]) -> list[Any]:
         # Bound, not passed: on a GPU the cache then never leaves the device between two steps.
         binding = self._session.io_binding()
         K, D = self._shape
@@ -93,10 +78,11 @@ class Session:
                 binding.bind_cpu_input(name, feeds[name])
             else:
                 binding.bind_ortvalue_input(name, value)
-        for name in outputs:
-            binding.bind_output(name, "cpu" if name == "logits" else self._device)
+        binding.bind_output("logits", "cpu")
+        for name in self._present:
+            binding.bind_output(name, self._device)
         try:
-            self._session.run_with_iobinding(binding, options)
+            self._session.run_with_iobinding(binding)
         except Exception as error:
             raise CheckFailed(f"onnxruntime cannot run the graph ({first_line(error)})") from None
         values: list[Any] = binding.get_outputs()

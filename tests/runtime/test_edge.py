@@ -239,3 +239,10 @@ def test_a_folder_without_a_tokenizer_serves_token_ids(folder, prompts):
 def test_prompts_may_hold_padding_ids_that_are_never_chosen(edge):
     options = GREEDY.model_copy(update={"repetition_penalty": 1.5})
     assert len(edge.generate([[edge.vocab_size - 1]], options, end_ids=())[0]) == 8
+
+
+def test_a_prompt_read_in_parts_says_the_same(edge, prompts, monkeypatch):
+    whole = edge.generate(prompts, GREEDY, end_ids=())
+    monkeypatch.setattr("gptopt.runtime.edge._SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("gptopt.runtime.edge._SHORTEST_PART", 4)
+    assert edge.generate(prompts, GREEDY, end_ids=()) == whole

@@ -47,8 +47,8 @@ class Session:
         """
         ort = _onnxruntime()
         self.provider = provider.lower()
-        self._device = _provider(ort, provider)[1]
-        self._session = _open(ort, path, _provider(ort, provider)[0], threads)
+        chosen, self._device = _provider(ort, self.provider)
+        self._session = _open(ort, path, chosen, threads)
         self._past, self._present = _cache_names(config)
         self._dtype = _check_contract(self._session, path, config)
         self._shape = (config["kv_heads"], config["head_size"])
@@ -101,37 +101,33 @@ def _onnxruntime() -> Any:
 
 def _provider(ort: Any, name: str) -> tuple[str, str]:
     """onnxruntime's name of a provider, and its device; UserError where it is not available."""
-    known = {key: value for key, value in PROVIDERS.items() if _available(ort, value[0])}
-    if name.lower() in known:
-        return known[name.lower()]
-    reason = "is not in this onnxruntime" if name.lower() in PROVIDERS else "is unknown"
-    raise UserError(
-        f"--provider {name}: {reason}; available here: {', '.join(known)} (cuda needs "
-        f"onnxruntime-gpu: pip install 'gptopt[edge-gpu]' in place of onnxruntime)"
-    )
-
-
-def _available(ort: Any, provider: str) -> bool:
-    return provider in ort.get_available_providers()
+    installed = ort.get_available_providers()
+    known = {key: value for key, value in PROVIDERS.items() if value[0] in installed}
+    if name in known:
+        return known[name]
+    reason = "is not in this onnxruntime" if name in PROVIDERS else "is unknown"
+    hint = " (install gptopt[edge-gpu] in place of gptopt[edge])" if name == "cuda" else ""
+    raise UserError(f"--provider {name}: {reason}{hint}; available here: {', '.join(known)}")
 
 
 def _open(ort: Any, path: Path, provider: str, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    # Waiting threads that spin halve the speed wherever something else needs the core, and gain
-    # little at batch 1, where one token is bound by memory.
+    # Threads that spin while they wait halve the speed where another process needs the core (seen
+    # with GPT-2 on two cores), and one sequence is bound by memory, not by waiting.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
-        session = ort.InferenceSession(str(path), options, providers=[provider])
+        # Without its fallback, which would try the CPU and print to stdout.
+        session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     except Exception as error:
+        remedy = "" if provider == PROVIDERS["cpu"][0] else ", or run it with --provider cpu"
         raise CheckFailed(
-            f"{path}: onnxruntime refuses it ({first_line(error)}); export the model again"
+            f"{path}: onnxruntime refuses it ({first_line(error)}); export the model again{remedy}"
         ) from None
-    session.disable_fallback()
     if provider not in session.get_providers():
-        # onnxruntime falls back to the CPU with a mere warning, for want of a driver, say.
+        # For want of a driver, say, onnxruntime takes the CPU and merely warns.
         raise UserError(
             f"--provider: {provider} was asked for, onnxruntime runs {session.get_providers()}; "
             f"install what the provider needs, or ask for cpu"

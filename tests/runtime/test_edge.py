@@ -142,7 +142,7 @@ def test_a_provider_that_fell_back_is_refused(pristine, monkeypatch):
     monkeypatch.setattr(
         onnxruntime,
         "InferenceSession",
-        lambda *args, providers: real(*args, providers=["CPUExecutionProvider"]),
+        lambda *args, providers, **kwargs: real(*args, providers=["CPUExecutionProvider"]),
     )
     with pytest.raises(UserError, match="CUDAExecutionProvider was asked for, onnxruntime runs"):
         EdgeModel(pristine, provider="cuda")

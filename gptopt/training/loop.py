@@ -91,6 +91,8 @@ class Trainer:
     def _finish(self, todo: Todo) -> None:
         """What follows a step's save: evaluation, the line, the best checkpoint, a sample."""
         best = False
+        if self._shown is not None and (todo.evaluate or todo.sample):
+            self._shown.close()  # the live line makes way for lines that stay
         if todo.line is not None:
             if todo.evaluate:
                 best = self._evaluate(todo.line)

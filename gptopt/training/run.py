@@ -166,11 +166,19 @@ def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
 
 def _tell(result: dict[str, Any]) -> None:
     complete = " (was complete already)" if result["already_complete"] else ""
-    say(f"run          {result['out']}{complete}")
-    say(f"steps        {result['steps']} in {result['seconds']:.0f} s")
-    for name in ("train_loss", "val_loss", "best_val_loss"):
-        if result[name] is not None:
-            say(f"{name:<13}{result[name]:.4f}")
-    say(f"checkpoint   {result['best_checkpoint'] or result['checkpoint']}")
-    if result["loss_curve"]:
-        say(f"loss curve   {result['loss_curve']}")
+    lines = {
+        "run": result["out"] + complete,
+        "steps": f"{result['steps']:,} in {result['seconds']:.0f} s",
+        "training loss": _loss(result["train_loss"]),
+        "validation loss": _loss(result["val_loss"]),
+        "best of them": _loss(result["best_val_loss"]),
+        "checkpoint": result["best_checkpoint"] or result["checkpoint"],
+        "loss curve": result["loss_curve"],
+    }
+    for name, value in lines.items():
+        if value is not None:
+            say(f"{name:<17}{value}")
+
+
+def _loss(value: float | None) -> str | None:
+    return None if value is None else f"{value:.4f}"

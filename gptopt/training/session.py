@@ -81,7 +81,7 @@ def open_session(options: TrainOptions, out: Path, checkpoint: Path | None) -> S
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     _seed_everything(options.seed)
-    start = _starting_model(options, checkpoint, device)
+    start = _starting_model(options, checkpoint)
     dataset = _open_data(options, out, start, checkpoint)
     state, saved = load_state(checkpoint) if checkpoint else (TrainState(), None)
     config = _model_config(options, dataset.tokenizer, start, saved)
@@ -130,14 +130,12 @@ def _open_data(
         return open_dataset(options.inputs, options.data, tokenizer=tokenizer, cache=cache)
 
 
-def _starting_model(
-    options: TrainOptions, checkpoint: Path | None, device: torch.device
-) -> LoadedModel | None:
+def _starting_model(options: TrainOptions, checkpoint: Path | None) -> LoadedModel | None:
     source = checkpoint or options.init_from
     if source is None:
         return None
-    # dtype: weights that were stored narrower are trained in fp32.
-    return load_model(source, device=str(device), dtype=torch.float32, kernels=options.kernels)
+    # On the CPU, so that the GPU never holds them twice; in fp32, however narrow they were stored.
+    return load_model(source, device="cpu", dtype=torch.float32, kernels=options.kernels)
 
 
 def _model_config(

@@ -265,6 +265,15 @@ def test_a_checkpoint_of_another_version_is_refused(options, tmp_path, finished)
         train(options(resume=True, steps=8))
 
 
+def test_a_resume_elsewhere_says_that_bits_may_differ(options, tmp_path, finished, caplog):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    environment = json.loads((run / "env.json").read_text())
+    (run / "env.json").write_text(json.dumps(environment | {"torch": "2.0.0"}))
+    train(options(resume=True, steps=8))
+    assert f"torch was 2.0.0 and is {torch.__version__} now" in caplog.text
+
+
 def test_leftovers_of_a_killed_writer_are_removed(options, tmp_path, finished, caplog):
     caplog.set_level("INFO", "gptopt")
     run = tmp_path / "run"

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,6 +71,13 @@ def test_a_run_folder_holds_what_its_readers_need(options, tmp_path, metrics, ca
     environment = json.loads((run / "env.json").read_text())
     assert environment["torch"] == torch.__version__
     assert environment["matmul_peak_flops"] > 1e8
+
+
+def test_without_json_the_result_is_told_on_stdout(options, capsys):
+    result = train(options(json=False))
+    told = capsys.readouterr().out
+    assert f"validation loss  {result['val_loss']:.4f}" in told
+    assert result["checkpoint"] in told
 
 
 def test_every_step_has_one_line_and_evaluations_are_on_it(options, metrics):
@@ -368,6 +376,16 @@ def test_init_from_may_choose_another_dropout(options, base):
         inputs=[], out="", model={"dropout": 0.25}).model})  # fmt: skip
     result = train(chosen)
     assert load_model(result["checkpoint"]).model.config.dropout == 0.25
+
+
+def test_a_run_from_another_model_resumes_like_any_other(options, base, tmp_path):
+    straight = from_base(options, base, steps=6)
+    expected = train(straight.model_copy(update={"out": str(tmp_path / "straight")}))
+    train(from_base(options, base, steps=3))
+    result = train(from_base(options, base, steps=6, resume=True))
+    assert result["resumed_from"] == 3
+    files = [f"{run['checkpoint']}/model.safetensors" for run in (expected, result)]
+    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
 
 
 def test_init_from_refuses_a_contradicting_flag(options, base):

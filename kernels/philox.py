@@ -60,10 +60,10 @@ def first_word(counter: Words, key: Key) -> Tensor:
 
 
 def _round(words: Words, key: Key) -> Words:
-    """One round; the second and fourth word come back with the garbage of their upper bits.
+    """One round, whose second and fourth word keep what lies above their 32 bits.
 
-    The product of two 32-bit words wraps in int64, but its 64 bits are the right ones. Its lower
-    half is the second or fourth word; only a xor reads it, and that is cut to 32 bits.
+    The product of two 32-bit words wraps in int64, but its 64 bits are the right ones. The lower
+    32 are the second or fourth word; only a xor reads them, and its result is cut to 32 bits.
     """
     c0, c1, c2, c3 = words
     p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

@@ -1,8 +1,8 @@
 """Random models that can fail a proof.
 
 A random tied GPT-2 repeats one token and agrees with a model whose blocks are all zero. Here what a
-block writes outweighs what the embedding wrote, attention is sharp, and no activation adds the same
-vector to every token, so that greedy tokens keep changing.
+block writes outweighs what the embedding wrote, and no activation adds the same vector to every
+token, so that greedy tokens keep changing; yet rounding errors do not grow from layer to layer.
 """
 
 import torch
@@ -11,7 +11,7 @@ from gptopt.config import ModelConfig
 from gptopt.model import GPT
 
 SIZES = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 136, "vocab_size": 2048}
-GAINS = {"qkv": 4.0, "proj": 2.0, "up": 3.0, "gate": 3.0, "down": 4.0}
+GAINS = {"qkv": 2.0, "proj": 1.0, "up": 3.0, "gate": 3.0, "down": 3.0}
 
 
 @torch.no_grad()
@@ -38,17 +38,3 @@ def random_gpt(seed=0, **options):
     """A small random GPT, untied unless asked for."""
     config = ModelConfig(**{**SIZES, "tie_head": False, **options})
     return spread(GPT(config, kernels="reference"), seed)
-
-
-@torch.no_grad()
-def greedy(model, tokens):
-    """What a causal model says after four random tokens."""
-    ids = torch.randint(
-        0, model.config.vocab_size, (1, 4), generator=torch.Generator().manual_seed(1)
-    )
-    said, past = [], None
-    for _ in range(tokens):
-        output = model(ids, past=past, use_cache=True)
-        past, ids = output.present, output.logits[:, -1:].argmax(-1)
-        said.append(int(ids))
-    return said

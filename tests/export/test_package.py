@@ -1,0 +1,239 @@
+"""The exported folder: its files, what stands in them, and that nothing is left of a failure."""
+
+import dataclasses
+import json
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from models import random_gpt
+
+import gptopt.export.package as package
+from gptopt.config import SamplingOptions
+from gptopt.errors import CheckFailed, UserError
+from gptopt.export import export_model
+from gptopt.export.targets import STANDARD
+from gptopt.manifest import verify_manifest
+from gptopt.runtime import EdgeModel
+from gptopt.tokenizer import Tokenizer
+
+TEXT = ["the quick brown fox jumps over the lazy dog and runs away from the fox " * 20]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXT, kind="bpe", vocab_size=290)
+
+
+@pytest.fixture(scope="module")
+def exported(tokenizer, tmp_path_factory):
+    """A GPT-2 of padded vocabulary, weights beside the graph: (model, folder, report)."""
+    model = random_gpt(vocab_size=320, tie_head=True)
+    folder = tmp_path_factory.mktemp("exported") / "edge"
+    beside = dataclasses.replace(STANDARD, inline_limit_bytes=0)
+    return model, folder, export_model(model, tokenizer, folder, target=beside)
+
+
+def read(folder, name):
+    return json.loads((folder / name).read_text())
+
+
+def test_the_folder_holds_these_files_and_a_manifest_of_them(exported):
+    _, folder, report = exported
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert names == {
+        "README.md", "config.json", "generation_config.json", "genai_config.json",
+        "manifest.json", "onnx/model.onnx", "onnx/model.onnx_data", "report.json",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    assert set(verify_manifest(folder, "edge")["files"]) == names - {"manifest.json"}
+    assert (
+        report["files"]["onnx/model.onnx_data"]
+        == (folder / "onnx" / "model.onnx_data").stat().st_size
+    )
+
+
+def test_the_runtime_says_what_the_model_says(exported, tokenizer):
+    model, folder, _ = exported
+    edge = EdgeModel(folder)
+    ids = torch.randint(0, 290, (2, 9))
+    with torch.no_grad():
+        wanted = model(ids).logits.numpy()
+    np.testing.assert_allclose(edge.forward(ids.numpy())[0], wanted, atol=1e-4)
+    prompt = ids[:1, :4].tolist()
+    sampling = SamplingOptions(max_new_tokens=24, temperature=0)
+    said = edge.generate(prompt, sampling, end_ids=())[0]
+    with torch.no_grad():
+        plain = model(torch.tensor([prompt[0] + said])).logits[0, 3:-1, : tokenizer.size]
+    assert said == plain.argmax(-1).tolist()
+
+
+def test_weights_beside_the_graph_take_their_own_bytes_and_no_more(exported):
+    model, folder, report = exported
+    graph = onnx.load(folder / "onnx" / "model.onnx", load_external_data=False).graph
+    beyond = report["files"]["onnx/model.onnx_data"] - 4 * model.num_parameters()
+    assert -4096 <= beyond <= 4096 * len(graph.initializer)  # small ones lie in the graph
+    places = {
+        entry.value
+        for weight in graph.initializer
+        for entry in weight.external_data
+        if entry.key == "location"
+    }
+    assert places == {"model.onnx_data"}
+    onnx.checker.check_model(folder / "onnx" / "model.onnx", full_check=True)
+
+
+def test_config_names_a_type_that_clients_know_and_what_the_model_really_is(exported, tokenizer):
+    model, folder, _ = exported
+    config = read(folder, "config.json")
+    assert config["model_type"] == "gpt2"
+    assert (config["n_layer"], config["n_head"], config["n_embd"]) == (2, 4, 32)
+    assert config["vocab_size"] == 320
+    assert config["eos_token_id"] == tokenizer.eos_id
+    assert config["transformers.js_config"] == {
+        "dtype": "fp32",
+        "use_external_data_format": {"model.onnx": 1},
+    }
+    assert config["gptopt"] == {**model.config.model_dump(), "tokenizer_size": tokenizer.size}
+
+
+def test_generation_and_genai_configs(exported, tokenizer):
+    _, folder, _ = exported
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    assert read(folder, "generation_config.json") == ids
+    genai = read(folder, "genai_config.json")
+    model, decoder = genai["model"], genai["model"]["decoder"]
+    assert model["type"] == "decoder"
+    assert ids.items() <= model.items()
+    assert (model["vocab_size"], model["context_length"]) == (320, 136)
+    assert (folder / decoder["filename"]).is_file()
+    assert decoder["head_size"] * decoder["num_attention_heads"] == decoder["hidden_size"] == 32
+    assert genai["search"]["past_present_share_buffer"] is False
+    graph = onnx.load(folder / decoder["filename"], load_external_data=False).graph
+    inputs = {value.name for value in graph.input}
+    for i in range(decoder["num_hidden_layers"]):
+        assert decoder["inputs"]["past_key_names"] % i in inputs
+        assert decoder["inputs"]["past_value_names"] % i in inputs
+
+
+def test_tokenizer_config_is_one_that_old_clients_read(exported):
+    config = read(exported[1], "tokenizer_config.json")
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["model_max_length"] == 136
+
+
+def test_report_and_card_hold_the_proof(exported):
+    model, folder, report = exported
+    assert read(folder, "report.json") == report
+    assert report["passed"] is True
+    assert 0 < report["max_abs_error"] <= report["budget"]
+    assert report["parameters"] == model.num_parameters()
+    assert {case["case"] for case in report["cases"]} >= {"left padding", "rewind", "greedy"}
+    assert set(report["seconds"]) == {"trace", "lower", "clean", "prove"}
+    card = (folder / "README.md").read_text()
+    for case in report["cases"]:
+        row = f"| {case['case']} | {case['positions']} | {case['max_abs_error']:.1e} |"
+        assert row in card
+    assert f"{report['greedy']['agreeing']} of {report['greedy']['tokens']} tokens" in card
+
+
+def test_a_model_that_is_neither_gpt2_nor_llama_declares_the_nearest(tmp_path):
+    model = random_gpt(position="alibi", n_kv_head=2, block_size=16)
+    export_model(model, None, tmp_path / "edge")
+    config = read(tmp_path / "edge", "config.json")
+    assert config["model_type"] == "llama"
+    assert config["num_key_value_heads"] == 2
+    assert config["gptopt"]["position"] == "alibi"
+    assert config["gptopt"]["tokenizer_size"] == 2048
+    assert config["transformers.js_config"] == {"dtype": "fp32"}
+    names = {path.name for path in (tmp_path / "edge").rglob("*")}
+    assert not names & {"genai_config.json", "tokenizer.json", "model.onnx_data"}
+
+
+def spoil(monkeypatch):
+    """Let the exporter make a graph whose last block is wrong."""
+    build = package.build_graph
+
+    def wrong(*arguments):
+        graph = build(*arguments)
+        weight = graph.graph.initializers["blocks.1.ffn.down.weight"]
+        weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.01))
+        return graph
+
+    monkeypatch.setattr(package, "build_graph", wrong)
+
+
+def test_a_failed_proof_leaves_nothing(tmp_path, monkeypatch):
+    spoil(monkeypatch)
+    with pytest.raises(CheckFailed) as caught:
+        export_model(random_gpt(block_size=16), None, tmp_path / "edge")
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'edge'}: not written")
+    assert "prefill: logit error" in message
+    assert "budget" in message
+    assert "token 0 of row 0" in message
+    assert "\n" not in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_proof_keeps_the_folder_that_was_there(tmp_path, monkeypatch):
+    edge = tmp_path / "edge"
+    edge.mkdir()
+    (edge / "mine").write_text("kept")
+    with pytest.raises(UserError, match="exists already"):
+        export_model(random_gpt(block_size=16), None, edge)
+    spoil(monkeypatch)
+    with pytest.raises(CheckFailed):
+        export_model(random_gpt(block_size=16), None, edge, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["edge"]
+    assert (edge / "mine").read_text() == "kept"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(package.ir, "save", full)
+    with pytest.raises(UserError, match="No space left on device"):
+        export_model(random_gpt(block_size=16), None, tmp_path / "edge")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_that_is_too_large_is_refused(tokenizer, tmp_path):
+    with pytest.raises(UserError, match=r"the tokenizer has \d+ ids, GPT only 64"):
+        export_model(random_gpt(vocab_size=64), tokenizer, tmp_path / "edge")
+
+
+@pytest.mark.slow
+def test_124m_exports_and_proves_in_three_minutes_and_six_gib(tmp_path):
+    """In a process of its own, whose peak memory is its own."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = (
+        "import sys, json, time, resource; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from models import random_gpt; from gptopt.export import export_model\n"
+        "model = random_gpt(n_layer=12, n_head=12, n_embd=768, block_size=1024,\n"
+        "    vocab_size=50304, tie_head=True)\n"
+        "start = time.monotonic()\n"
+        "report = export_model(model, None, Path(sys.argv[1]))\n"
+        "report['total_s'] = time.monotonic() - start\n"
+        "report['peak'] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "print(json.dumps(report))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code, tmp_path / "edge"],
+        stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert report["passed"]
+    assert report["total_s"] <= 180
+    assert report["peak"] <= 6 * 2**30
+    onnx_bytes = sum(size for name, size in report["files"].items() if name.startswith("onnx/"))
+    assert onnx_bytes <= 1.02 * 4 * report["parameters"]
+    assert report["greedy"]["agreeing"] == report["greedy"]["tokens"] == 128
+    assert report["greedy"]["distinct"] >= 64

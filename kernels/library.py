@@ -10,6 +10,11 @@ from torch.utils.flop_counter import register_flop_formula
 # One handle for the whole package: the registrations live as long as it does.
 LIBRARY: Any = torch.library.Library("gptopt", "FRAGMENT")  # type: ignore[no-untyped-call]
 
+# Why a Triton body cannot run on an operator's arguments, or None: by the operator's name.
+Supports = Callable[..., str | None]
+SUPPORTS: dict[str, Supports] = {}
+_REFERENCES: dict[str, Callable[..., Any]] = {}
+
 
 def register(
     name: str,
@@ -22,7 +27,7 @@ def register(
 ) -> None:
     """Define `gptopt::name` with its reference body for every device.
 
-    A faster body for one device is `LIBRARY.impl(name, body, "CUDA")` and nothing else.
+    A faster body for one device is entered by `register_triton` and nothing else.
 
     Args:
         name: the operator's name.
@@ -32,6 +37,7 @@ def register(
         flops: the number of operations, from the arguments with each tensor given as its shape.
         function: the autograd Function around the operator, if it is differentiable.
     """
+    _REFERENCES[name] = body
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptopt::{name}", fake, lib=LIBRARY)
@@ -39,6 +45,29 @@ def register(
         apply: Any = function.apply
         LIBRARY.impl(name, lambda *args: apply(*args), "Autograd")
     register_flop_formula(getattr(torch.ops.gptopt, name))(flops)
+
+
+def register_triton(
+    name: str, body: Callable[..., Any], supports: Supports, *, interpreted: bool
+) -> None:
+    """Give `gptopt::name` its Triton body, on the GPU, or in the interpreter on the CPU.
+
+    Args:
+        name: an operator that `register` has defined.
+        body: takes the operator's arguments; its results have the shapes, dtypes and contiguous
+            strides of the reference body's and share memory with nothing.
+        supports: takes the same arguments and says in a few words why the kernels cannot run on
+            them ("float64 is not a dtype of its kernels"), or None. Where they cannot, the
+            operator runs its reference body: who asks for a body by name has been told before.
+        interpreted: `gptopt.kernels.launch.INTERPRETED`.
+    """
+    reference = _REFERENCES[name]
+
+    def run(*arguments: Any) -> Any:
+        return (body if supports(*arguments) is None else reference)(*arguments)
+
+    SUPPORTS[name] = supports
+    LIBRARY.impl(name, run, "CPU" if interpreted else "CUDA")
 
 
 def no_flops(*_: Any, **__: Any) -> int:

@@ -1,7 +1,6 @@
 """Everything one run works with, built fresh or from a checkpoint."""
 
 import contextlib
-import logging
 import random
 import shutil
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from gptopt.training.optimiser import build_optimiser, load_optimiser_tensors, o
 from gptopt.training.resume import fixed_choices, refuse_changes
 from gptopt.training.schedule import Schedule
 from gptopt.training.state import TrainState, load_state, restore_random, save_state
-
-logger = logging.getLogger(__name__)
 
 OPTIMISER = "optimizer.safetensors"
 VOCABULARY_MULTIPLE = 64  # matrix products like it; the ids in excess are never used

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gptopt.export.session import Ids, Session, Stream, as_ids
+from gptopt.export.stream import Ids, Runner, Stream, as_ids
 
 _KEEP = 8  # positions that are compared at the end of a long context
 # Parameters times tokens of the longest text that is computed in float64: seconds on two cores.
@@ -20,7 +20,8 @@ _LONGEST_WORK = 2e11
 class Stage:
     """What a case plays with."""
 
-    session: Session
+    graph: Runner
+    causal: bool
     random: np.random.Generator
     vocab_size: int
     block_size: int
@@ -28,7 +29,7 @@ class Stage:
 
     def stream(self, rows: int = 1, offset: int = 0) -> Stream:
         """A fresh stream."""
-        return Stream(self.session, rows, offset)
+        return Stream(self.graph, rows, offset)
 
     def draw(self, rows: int, length: int) -> Ids:
         """Random tokens (rows, length)."""
@@ -122,7 +123,7 @@ def context_edge(stage: Stage) -> Iterator[Stream]:
         length = stage.fit(16)
         offset = stage.block_size - length
     stream = stage.stream(offset=offset)
-    if stage.session.contract.causal:
+    if stage.causal:
         for part in _parts(length, (max(1, length - 3),)):
             stream.feed(stage.draw(1, part), keep=_KEEP)
     else:
@@ -164,7 +165,7 @@ def _padded(stage: Stage, *, left: bool) -> Stream:
     column = np.arange(length)[::-1] if left else np.arange(length)
     sizes = as_ids([length, max(1, length - 3), 1])  # real tokens per row
     stream.feed(stage.draw(3, length), (column < sizes[:, None]).astype(np.int64))
-    if stage.session.contract.causal:
+    if stage.causal:
         for part in _parts(min(4, stage.block_size - length), (2,)):
             stream.feed(stage.draw(3, part))
     return stream

@@ -93,6 +93,7 @@ def build_graph(
     """Trace, lower, clean. `seconds` receives how long each stage took."""
     contract = Contract.of(config)
     taken = {} if seconds is None else seconds
+    logger.info("exporting %s", type(model).__name__)
     start = time.monotonic()
     program = trace(model, contract)
     traced = time.monotonic()
@@ -100,7 +101,7 @@ def build_graph(
     lowered = time.monotonic()
     clean(graph)
     taken.update(trace=traced - start, lower=lowered - traced, clean=time.monotonic() - lowered)
-    logger.info("exported %s to %d nodes", type(model).__name__, graph.graph.num_nodes())
+    logger.info("exported to %d nodes, now the proof", graph.graph.num_nodes())
     return graph
 
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from gptopt.export.session import Claim
+from gptopt.export.stream import Claim
 
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]

@@ -48,7 +48,8 @@ def trace(model: nn.Module, contract: Contract) -> ExportedProgram:
     """Record the model's forward pass for any batch, length and cache.
 
     Raises:
-        UserError: the model is in training mode, is not in float32, or cannot be recorded.
+        UserError: the model is not in evaluation mode, float32 and on the CPU, or cannot be
+            recorded.
     """
     _check(model)
     wrapped = _WithCache(model) if contract.causal else _WithoutCache(model)
@@ -128,6 +129,8 @@ def _check(model: nn.Module) -> None:
     if model.training:
         raise UserError(f"{type(model).__name__}: is in training mode; call model.eval() first")
     for name, tensor in model.named_parameters():
+        if tensor.device.type != "cpu":
+            raise UserError(f"{name}: is on {tensor.device}, export on the CPU: call model.cpu()")
         if tensor.dtype != torch.float32:
             raise UserError(
                 f"{name}: is {tensor.dtype}, the export takes float32; call model.float() first"

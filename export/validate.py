@@ -15,9 +15,8 @@ import numpy as np
 from torch import nn
 
 from gptopt.export import cases as plays
-from gptopt.export.contract import Contract
 from gptopt.export.reference import Expected, Reference
-from gptopt.export.session import Claim, Session
+from gptopt.export.stream import Claim, open_graph
 from gptopt.export.trace import Exportable
 
 logger = logging.getLogger(__name__)
@@ -139,22 +138,24 @@ def prove(
     """
     started = time.monotonic()
     config = cast(Exportable, model).config
-    contract = Contract.of(config)
+    assert config.vocab_size is not None
+    causal = config.causal
     stage = plays.Stage(
-        session=Session(path, contract),
+        graph=open_graph(path, config),
+        causal=causal,
         random=np.random.default_rng(_SEED),
-        vocab_size=vocab_size or contract.vocab_size,
+        vocab_size=vocab_size or config.vocab_size,
         block_size=config.block_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    reference = Reference(model, causal=contract.causal)
+    reference = Reference(model, causal=causal)
     proof = Proof()
-    for name, case in (plays.CACHED if contract.causal else plays.UNCACHED).items():
+    for name, case in (plays.CACHED if causal else plays.UNCACHED).items():
         if cases is not None and name not in cases:
             continue
         claims = [claim for stream in case(stage) for claim in stream.claims]
         _add(proof, judge(name, claims, reference.expect(claims)))
-    if contract.causal and (cases is None or "greedy" in cases):
+    if causal and (cases is None or "greedy" in cases):
         tokens = min(_GREEDY_TOKENS, config.block_size - stage.fit(4) + 1)
         claims = plays.greedy(stage, tokens).claims
         expected = reference.expect(claims)

@@ -26,7 +26,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     out = Path(options.out)
     if (out.exists() or out.is_symlink()) and not options.force:  # before a large model is read
         raise UserError(f"{out}: exists already; choose another folder, or replace it with --force")
-    loaded = load_model(options.model, checkpoint=options.checkpoint)
+    loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
     report = export_model(loaded.model, loaded.tokenizer, out, force=options.force)
     if not options.json_output:
         say(proof_table(report))
@@ -48,7 +48,8 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
     folder = Path(options.folder)
     verify_folder(folder)
     sizes = load_config(folder)
-    model = load_model(options.model, checkpoint=options.checkpoint).model
+    loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
+    model = loaded.model
     for name in ("n_layer", "kv_heads", "head_size", "vocab_size", "block_size", "causal"):
         found = getattr(model.config, name)
         if found != sizes[name]:

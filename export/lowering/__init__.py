@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
+import gptopt
 from gptopt.errors import UserError, first_line
 from gptopt.export.contract import Contract
 from gptopt.export.lowering import attention, ffn, layernorm, rotary
@@ -72,6 +73,7 @@ def translate(program: ExportedProgram, target: Target) -> ir.Model:
     embed_constants(model, exported.exported_program)
     _name_weights(model)
     model.ir_version = target.ir_version
+    model.producer_name, model.producer_version = "gptopt", gptopt.__version__
     return model
 
 

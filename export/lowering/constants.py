@@ -39,9 +39,15 @@ def embed_constants(model: ir.Model, program: ExportedProgram) -> None:
 
 
 def _evaluate(program: ExportedProgram) -> dict[str, Tensor]:
-    """The tensors that depend on no input and no weight: node name -> value."""
+    """The tensors that depend on no input and no parameter: node name -> value."""
+    signature = program.graph_signature
+    held = {**program.constants, **dict(program.named_buffers())}
+    buffers = {**signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
     known: dict[Node, Tensor] = {}
     for node in program.graph.nodes:
+        tensor = held.get(buffers.get(node.name, ""))
+        if node.op == "placeholder" and isinstance(tensor, Tensor) and tensor.numel() <= _LIMIT:
+            known[node] = tensor
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
         if torch.Tag.nondeterministic_seeded in node.target.tags:
@@ -54,7 +60,7 @@ def _evaluate(program: ExportedProgram) -> dict[str, Tensor]:
             kwargs = map_arg(node.kwargs, lambda source: known[source])
             result = node.target(*args, **kwargs)
             known[node] = result.detach().clone().contiguous()
-    return {node.name: tensor for node, tensor in known.items()}
+    return {node.name: tensor for node, tensor in known.items() if node.op != "placeholder"}
 
 
 def _is_small(fake: Tensor) -> bool:

@@ -152,23 +152,24 @@ def test_a_model_that_is_neither_gpt2_nor_llama_declares_the_nearest(tmp_path):
     assert not names & {"genai_config.json", "tokenizer.json", "model.onnx_data"}
 
 
-def spoil(monkeypatch):
-    """Let the exporter make a graph whose last block is wrong."""
-    build = package.build_graph
+@pytest.fixture
+def spoiled(gpt2, monkeypatch):
+    """A model, while the exporter makes a graph whose last block is wrong."""
+    model, path = gpt2
 
     def wrong(*arguments):
-        graph = build(*arguments)
+        graph = ir.load(path)
         weight = graph.graph.initializers["blocks.1.ffn.down.weight"]
         weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.01))
         return graph
 
     monkeypatch.setattr(package, "build_graph", wrong)
+    return model
 
 
-def test_a_failed_proof_leaves_nothing(tmp_path, monkeypatch):
-    spoil(monkeypatch)
+def test_a_failed_proof_leaves_nothing(spoiled, tmp_path):
     with pytest.raises(CheckFailed) as caught:
-        export_model(random_gpt(block_size=16), None, tmp_path / "edge")
+        export_model(spoiled, None, tmp_path / "edge")
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'edge'}: not written")
     assert "prefill: logit error" in message
@@ -178,26 +179,25 @@ def test_a_failed_proof_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_proof_keeps_the_folder_that_was_there(tmp_path, monkeypatch):
+def test_a_failed_proof_keeps_the_folder_that_was_there(spoiled, tmp_path):
     edge = tmp_path / "edge"
     edge.mkdir()
     (edge / "mine").write_text("kept")
     with pytest.raises(UserError, match="exists already"):
-        export_model(random_gpt(block_size=16), None, edge)
-    spoil(monkeypatch)
+        export_model(spoiled, None, edge)
     with pytest.raises(CheckFailed):
-        export_model(random_gpt(block_size=16), None, edge, force=True)
+        export_model(spoiled, None, edge, force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["edge"]
     assert (edge / "mine").read_text() == "kept"
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing(spoiled, tmp_path, monkeypatch):
     def full(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(package.ir, "save", full)
     with pytest.raises(UserError, match="No space left on device"):
-        export_model(random_gpt(block_size=16), None, tmp_path / "edge")
+        export_model(spoiled, None, tmp_path / "edge")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError
 from gptopt.export import export_model, prove
-from gptopt.export.package import build_graph
-from gptopt.export.targets import STANDARD
 from gptopt.kernels import attention, ffn, layernorm, rotary
 
 CONFIG = ModelConfig(
@@ -89,12 +87,18 @@ def model():
     return spread(Model(), seed=3)
 
 
-def test_it_exports_proves_and_would_fail_without_a_block(model, tmp_path):
-    report = export_model(model, None, tmp_path / "edge")
+@pytest.fixture(scope="module")
+def exported(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user") / "edge"
+    return folder, export_model(model, None, folder)
+
+
+def test_it_exports_proves_and_would_fail_without_a_block(model, exported, tmp_path):
+    folder, report = exported
     assert report["passed"]
     assert len(report["cases"]) == 11
     assert report["greedy"]["agreeing"] == report["greedy"]["tokens"] == 61
-    path = tmp_path / "edge" / "onnx" / "model.onnx"
+    path = folder / "onnx" / "model.onnx"
     for i in range(3):
         graph = ir.load(path)
         for layer in ("proj", "down"):
@@ -102,12 +106,12 @@ def test_it_exports_proves_and_would_fail_without_a_block(model, tmp_path):
             weight.const_value = ir.tensor(0 * weight.const_value.numpy())
         ir.save(graph, tmp_path / "model.onnx")
         assert not prove(tmp_path / "model.onnx", model, cases=["prefill"]).passed
-    config = json.loads((tmp_path / "edge" / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["num_key_value_heads"]) == ("llama", 2)
 
 
-def test_layers_with_equal_windows_share_a_mask(model):
-    graph = build_graph(model, CONFIG, STANDARD).graph
+def test_layers_with_equal_windows_share_a_mask(exported):
+    graph = ir.load(exported[0] / "onnx" / "model.onnx").graph
     masks = [node.inputs[3] for node in graph if node.op_type == "Attention"]
     assert masks[0] is masks[2]
     assert masks[0] is not masks[1]

@@ -6,9 +6,8 @@ import torch
 from models import random_gpt
 
 from gptopt.export.cases import Stage, context_edge
-from gptopt.export.contract import Contract
 from gptopt.export.reference import Expected, Reference
-from gptopt.export.session import Claim, Stream, as_ids
+from gptopt.export.stream import Claim, Stream, as_ids
 from gptopt.export.validate import Proof, judge, judge_greedy
 
 V = 5
@@ -113,40 +112,35 @@ def test_the_reference_is_the_plain_model_on_each_text():
 
 
 class Recorder:
-    """Stands for a session: says back where each token stands, as one logit."""
+    """Stands for a graph: notes what it is fed, and says back each token's position."""
 
-    def __init__(self, **sizes):
-        self.contract = Contract(
-            n_layer=1, kv_heads=1, head_size=1, vocab_size=1, **{"causal": True, **sizes}
-        )
+    def __init__(self):
         self.fed = []
 
     def run(self, ids, mask, positions, past):
-        self.fed.append((ids, mask, positions, past[0].shape))
-        cache = [np.concatenate((part, ids[:, None, :, None]), axis=2) for part in past]
-        return [positions[..., None].astype(np.float32), *cache]
-
-    def empty_past(self, rows):
-        return [np.zeros((rows, 1, 0, 1))] * 2
+        cache = ids[:, None, :, None] + np.zeros((1, 1, 1, 1))
+        past = [np.concatenate((part, cache), axis=2) for part in past] if past else [cache] * 2
+        self.fed.append((ids, mask.astype(int), positions, past[0].shape))
+        return positions[..., None].astype(np.float32), past
 
 
 def test_a_stream_counts_real_tokens_and_grows_its_mask():
-    session = Recorder()
-    stream = Stream(session, 2)
+    graph = Recorder()
+    stream = Stream(graph, 2)
     stream.feed(as_ids([[1, 2, 3], [4, 5, 6]]), as_ids([[1, 1, 1], [0, 0, 1]]))
     stream.feed(as_ids([[7], [8]]))
-    assert session.fed[0][2].tolist() == [[0, 1, 2], [0, 0, 0]]
-    assert session.fed[1][2].tolist() == [[3], [1]]
-    assert session.fed[1][1].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
-    assert session.fed[1][3] == (2, 1, 3, 1)
+    assert graph.fed[0][2].tolist() == [[0, 1, 2], [0, 0, 0]]
+    assert graph.fed[1][2].tolist() == [[3], [1]]
+    assert graph.fed[1][1].tolist() == [[1, 1, 1, 1], [0, 0, 1, 1]]
+    assert graph.fed[1][3] == (2, 1, 4, 1)
     assert [(c.tokens, c.first, c.row) for c in stream.claims] == [
         ((1, 2, 3), 0, 0), ((6,), 0, 1), ((1, 2, 3, 7), 3, 0), ((6, 8), 1, 1),
     ]  # fmt: skip
 
 
 def test_a_stream_follows_beams_and_rewinds():
-    session = Recorder()
-    stream = Stream(session, 2)
+    graph = Recorder()
+    stream = Stream(graph, 2)
     stream.feed(as_ids([[1, 2], [3, 4]]))
     stream.reorder([1, 1])
     stream.feed(as_ids([[5], [6]]))
@@ -154,14 +148,14 @@ def test_a_stream_follows_beams_and_rewinds():
     stream.feed(as_ids([[7], [8]]))
     assert [c.tokens for c in stream.claims[2:4]] == [(3, 4, 5), (3, 4, 6)]
     assert [c.tokens for c in stream.claims[4:]] == [(3, 7), (3, 8)]
-    assert session.fed[-1][2].tolist() == [[1], [1]]
-    assert session.fed[-1][3] == (2, 1, 1, 1)
+    assert graph.fed[-1][2].tolist() == [[1], [1]]
+    assert graph.fed[-1][3] == (2, 1, 2, 1)
 
 
 def test_a_context_too_long_for_float64_is_tested_at_its_last_positions():
-    session = Recorder()
-    stage = Stage(session, np.random.default_rng(0), 10, 10**6, 10**9)
+    graph = Recorder()
+    stage = Stage(graph, True, np.random.default_rng(0), 10, 10**6, 10**9)
     (stream,) = context_edge(stage)
-    assert session.fed[-1][2].tolist() == [[10**6 - 1]]
-    assert sum(ids.shape[1] for ids, *_ in session.fed) == 16
+    assert graph.fed[-1][2].tolist() == [[10**6 - 1]]
+    assert sum(ids.shape[1] for ids, *_ in graph.fed) == 16
     assert all(each.offset == 10**6 - 16 for each in stream.claims)

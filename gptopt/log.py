@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 _PLAIN_EVERY_S = 10.0
+_LIVE: list["Progress"] = []  # displays that are open now
 
 
 def configure(*, quiet: bool = False, debug: bool = False) -> None:
@@ -19,11 +20,19 @@ def configure(*, quiet: bool = False, debug: bool = False) -> None:
     logger = logging.getLogger("gptopt")
     for old in list(logger.handlers):
         logger.removeHandler(old)
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(_LineFormatter())
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
+
+
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+    def emit(self, record: logging.LogRecord) -> None:
+        """Show a record on a line of its own, above the live one."""
+        for shown in _LIVE:
+            shown.close()
+        super().emit(record)
 
 
 class _LineFormatter(logging.Formatter):
@@ -72,13 +81,6 @@ class Progress:
             sys.stderr.write(line + "\n")
         sys.stderr.flush()
 
-    def note(self, line: str) -> None:
-        """A line that stays, written above the live one."""
-        if self._live:
-            sys.stderr.write("\r" + " " * self._width + "\r")
-        sys.stderr.write(line + "\n")
-        sys.stderr.flush()
-
     def close(self) -> None:
         """Clear the live line."""
         if self._live and self._width:
@@ -90,9 +92,11 @@ class Progress:
 def progress(total: float | None, unit: str) -> Iterator[Progress]:
     """A progress display that is cleared when the block ends."""
     shown = Progress(total, unit)
+    _LIVE.append(shown)
     try:
         yield shown
     finally:
+        _LIVE.remove(shown)
         shown.close()
 
 

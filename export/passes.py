@@ -127,7 +127,8 @@ def merge_reshapes(model: ir.Model) -> None:
             continue
         origin = first.inputs[0]
         assert origin is not None
-        if _dims(origin) and _dims(origin) == _dims(node.outputs[0]):
+        before, after = _dims(origin), _dims(node.outputs[0])
+        if before and before == after and None not in before:  # two unknown sizes may differ
             _replace(model, node, origin)
 
 
@@ -155,14 +156,7 @@ def share_subexpressions(model: ir.Model) -> None:
 
 
 def strip(model: ir.Model) -> None:
-    """Remove what the tracer noted for itself: source lines, unused outputs, inferred shapes."""
-    for node in model.graph:
-        kept = len(node.outputs)
-        while kept > 1 and not node.outputs[kept - 1].uses():
-            if node.outputs[kept - 1].is_graph_output():
-                break
-            kept -= 1
-        node.resize_outputs(kept)
+    """Remove what nobody reads, and what the tracer noted for itself, such as source lines."""
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     common.RemoveUnusedOpsetsPass()(model)

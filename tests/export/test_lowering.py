@@ -168,6 +168,15 @@ def test_rotary_of_some_channels_with_tables_for_one_row_or_all():
     assert_same(*run(function, ((0, 2), (0, 2), (0, 1), (1,)), *qkv()[:2], angles, angles[:1] + 1))
 
 
+def test_parts_and_shapes_that_nobody_reads_are_no_trouble():
+    def function(x):
+        first, second, _ = x.split([3, 3, 2], dim=-1)
+        flat = x.flatten(0, 1)  # (B T, C), a size without a name
+        return first + second, flat.view(-1, 4).view(x.shape[1], x.shape[0], 8)
+
+    assert_same(*run(function, ((0, 1),), torch.randn(B, T, C)))
+
+
 def test_frequencies_are_those_of_pytorch_to_the_last_bit():
     """Another library's pow may round otherwise, and late positions multiply the difference."""
     held = torch.arange(0, 96, 2, dtype=torch.float32)  # becomes a buffer of the program

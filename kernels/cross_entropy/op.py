@@ -5,9 +5,11 @@
     cross_entropy_backward(grad, hidden, head_weight, targets, dhidden?, dhead_weight?, options...,
                            output_mask) -> (dhidden, dhead_weight)
 
-Where the loss is one number (mean, sum) the training forward finds the gradients beside it, while
-it has the logits, and the backward scales them by `grad`: no logits are kept and none computed
-twice. With reduction "none" each token has its own `grad`, so the backward does the work.
+Where the loss is one number (mean, sum) the training forward finds gradients beside it, while it
+has the logits: those of the summed loss, dhead_weight in float32 or wider. The backward scales them
+by `grad`, over the count of tokens for a mean: no gradient is lost in half precision before a loss
+scale has reached it, and no logits are kept or computed twice. With reduction "none" each token has
+its own `grad`, so the backward does the work.
 """
 
 from collections.abc import Sequence
@@ -35,6 +37,11 @@ def _fake(hidden: Tensor, head_weight: Tensor, targets: Tensor, *options: Any) -
     return hidden.new_empty(targets.shape if options[-1] == "none" else (), dtype=wide(hidden))
 
 
+def count(targets: Tensor, ignore_index: int) -> Tensor:
+    """How many targets a mean is taken over, at least 1: a () tensor, which nobody waits for."""
+    return (targets != ignore_index).sum().clamp(min=1)
+
+
 def _gradients(
     grad: Tensor,
     hidden: Tensor,
@@ -54,8 +61,10 @@ def _forward_body(
 ) -> tuple[Tensor, ...]:
     *options, output_mask = arguments
     loss = _body(hidden, head_weight, targets, *options)
-    ones = torch.ones_like(loss)
-    return loss, *_gradients(ones, hidden, head_weight, targets, options, output_mask)
+    summed = (*options[:-1], "sum")
+    one = torch.ones((), dtype=loss.dtype, device=loss.device)
+    dhidden, dhead = _gradients(one, hidden, head_weight, targets, summed, output_mask)
+    return loss, dhidden, dhead.to(wide(dhead))
 
 
 def _forward_fake(
@@ -63,7 +72,8 @@ def _forward_fake(
 ) -> tuple[Tensor, ...]:
     *options, output_mask = arguments
     loss = _fake(hidden, head_weight, targets, *options)
-    return loss, *library.fake_gradients((hidden, head_weight), output_mask)
+    dhidden, dhead = library.fake_gradients((hidden, head_weight), output_mask)
+    return loss, dhidden, dhead.to(wide(dhead))
 
 
 def _backward_body(
@@ -78,9 +88,12 @@ def _backward_body(
     *options, output_mask = arguments
     if options[-1] == "none":
         return _gradients(grad, hidden, head_weight, targets, options, output_mask)
+    scale = grad / count(targets, options[0]) if options[-1] == "mean" else grad
     found = zip((dhidden, dhead_weight), output_mask, strict=True)
     return tuple(
-        (x * grad).to(x.dtype) if wanted and x is not None else hidden.new_empty(0)
+        (x.to(scale.dtype) * scale).to(hidden.dtype)
+        if wanted and x is not None
+        else hidden.new_empty(0)
         for x, wanted in found
     )
 

@@ -9,7 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from models import random_gpt
+from random_models import random_gpt
 
 from gptopt.export.package import build_graph
 from gptopt.export.targets import STANDARD

@@ -5,7 +5,7 @@ import copy
 import onnx
 import pytest
 import torch
-from models import random_gpt
+from random_models import random_gpt
 
 from gptopt.export import prove
 

@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from models import random_gpt
+from random_models import random_gpt
 
 import gptopt.export.package as package
 from gptopt.config import SamplingOptions
@@ -216,7 +216,7 @@ def test_124m_exports_and_proves_in_three_minutes_and_six_gib(tmp_path):
     code = (
         "import sys, json, time, resource; from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-        "from models import random_gpt; from gptopt.export import export_model\n"
+        "from random_models import random_gpt; from gptopt.export import export_model\n"
         "model = random_gpt(n_layer=12, n_head=12, n_embd=768, block_size=1024,\n"
         "    vocab_size=50304, tie_head=True)\n"
         "start = time.monotonic()\n"

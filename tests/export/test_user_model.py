@@ -6,7 +6,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 import pytest
 import torch
-from models import spread
+from random_models import spread
 from torch import Tensor, nn
 
 from gptopt.config import ModelConfig

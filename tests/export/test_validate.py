@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import random_gpt
+from random_models import random_gpt
 
 from gptopt.export.cases import Stage, context_edge
 from gptopt.export.reference import Expected, Reference

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from models import random_gpt
+from random_models import random_gpt
 
 from gptopt.checkpoint import save_model
 from gptopt.config import ExportOptions, ValidateOptions

@@ -44,21 +44,21 @@ _NAMES = {
 
 
 def jit(function: Callable[..., Any], /, **options: Any) -> Any:
-    """`triton.jit`, typed: a kernel's arguments are `Any` or `tl.constexpr`."""
+    """`triton.jit`, typed. Arguments are `tl.tensor` or `tl.constexpr`: triton reads them."""
     return triton.jit(function, **options)
 
 
 # What triton was when it was imported, not what the environment says now: its own library
 # functions were built then, and a kernel of the other kind could not call them.
 INTERPRETED: bool = isinstance(tl.philox, InterpretedFunction)
-_INTERPRETED: tl.constexpr = tl.constexpr(INTERPRETED)
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 # Device helpers
 
 
 @jit
-def dot_operand(x: Any) -> Any:
+def dot_operand(x: tl.tensor) -> Any:
     """`x` as tl.dot takes it: the interpreter's dot reads bf16 bits as integers, so float32 there.
 
     Both operands of one dot go through here.
@@ -69,7 +69,7 @@ def dot_operand(x: Any) -> Any:
 
 
 @jit
-def cast(x: Any, dtype: tl.constexpr) -> Any:
+def cast(x: tl.tensor, dtype: tl.constexpr) -> Any:
     """`x` in `dtype`, to the nearest even, also where the interpreter would cut float32 to bf16."""
     if _INTERPRETED and (dtype == tl.bfloat16 and x.dtype == tl.float32):
         bits = x.to(tl.int32, bitcast=True)
@@ -79,7 +79,9 @@ def cast(x: Any, dtype: tl.constexpr) -> Any:
 
 
 @jit
-def keep_mask(seed_ptr: Any, low: Any, high: Any, plane: Any, threshold: Any) -> Any:
+def keep_mask(
+    seed_ptr: tl.tensor, low: tl.tensor, high: tl.tensor, plane: tl.tensor, threshold: tl.tensor
+) -> Any:
     """True where dropout keeps an element: kernels/philox.py's mask, bit for bit.
 
     seed_ptr: () int64. low, high, plane: the counter's words, int32 or uint32, blocks that
@@ -93,7 +95,7 @@ def keep_mask(seed_ptr: Any, low: Any, high: Any, plane: Any, threshold: Any) ->
 
 
 @jit
-def keep_linear(seed_ptr: Any, index: Any, threshold: Any) -> Any:
+def keep_linear(seed_ptr: tl.tensor, index: tl.tensor, threshold: tl.tensor) -> Any:
     """`keep_mask` of a tensor's elements by their row-major index, a block of int64."""
     low = (index & 0xFFFFFFFF).to(tl.uint32)
     high = (index >> 32).to(tl.uint32)

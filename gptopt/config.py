@@ -281,12 +281,8 @@ class DoctorOptions(Options):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt-tiny": {
-        "description": "4 layers x 128 channels, context 128: seconds on a laptop",
+        "description": "4 layers x 128 channels, context 128: minutes on a laptop",
         "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
-    },
-    "gpt-demo": {
-        "description": "6 layers x 192 channels, context 128: the demo",
-        "model": {"n_layer": 6, "n_head": 6, "n_embd": 192, "block_size": 128},
     },
     "transformer-2017": {
         "description": "the classic decoder: ReLU, post-norm, sinusoidal positions",

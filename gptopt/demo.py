@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT = "The following"
 MARKER = "demo.json"
-VOCAB_SIZE = 2048
+VOCAB_SIZE = 1024
 NEW_TOKENS = 64
 
 
@@ -41,10 +41,9 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     say(f"text         {documents} documents of Python's own documentation in {text}")
     steps.run("tokenize", text, "--out", data, "--vocab-size", str(VOCAB_SIZE))
     trained = steps.run(
-        "train", data, "--out", run, "--preset", "gpt-demo", "--max-seconds",
-        f"{options.seconds:g}", "--steps", "100000", "--batch-size", "16", "--lr", "2e-3",
-        "--warmup-steps", "50", "--model.dropout", "0.1", "--eval-every", "100",
-        "--checkpoint-every", "0",
+        "train", data, "--out", run, "--preset", "gpt-tiny", "--max-seconds",
+        f"{options.seconds:g}", "--steps", "100000", "--batch-size", "8", "--lr", "3e-3",
+        "--warmup-steps", "50", "--eval-every", "100", "--checkpoint-every", "0",
     )  # fmt: skip
     sampled = steps.run("generate", run, "--prompt", PROMPT, "--temperature", "0.8", "--seed", "1")
     say(f"sample       {PROMPT}{sampled['text']}".replace("\n", "\n             "))

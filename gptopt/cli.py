@@ -12,7 +12,6 @@ import difflib
 import importlib
 import json
 import logging
-import os
 import sys
 import tomllib
 import typing
@@ -37,9 +36,6 @@ Values = dict[str, Any]  # dotted option name -> value as given
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # OpenMP's threads spin while they wait for each other. Where anything else wants the core, one
-    # that spins keeps it from the one it waits for; after so few turns it sleeps instead.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     debug = "--debug" in arguments
     log.configure(quiet="--quiet" in arguments, debug=debug)
     try:

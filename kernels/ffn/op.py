@@ -1,12 +1,13 @@
 """gptopt::ffn, its training forward and its backward, as torch.library operators.
 
-    ffn(x, weight, bias?, gate_weight?, gate_bias?, addend?, activation) -> out
-    ffn_forward(the same) -> (out, hidden, gate)
+    ffn(x, weight, bias?, gate_weight?, gate_bias?, addend?, activation, recompute=False) -> out
+    ffn_forward(the same without recompute) -> (out, hidden, gate)
     ffn_backward(grad, x, weight, bias?, gate_weight?, gate_bias?, addend?, hidden?, gate?,
                  activation, output_mask) -> (dx, dweight, dbias, dgate_weight, dgate_bias, daddend)
 
 `hidden` is what goes into the activation and `gate` what multiplies it (no elements without a
-gate): training keeps them for the backward. A backward that gets neither computes them again.
+gate): training keeps them for the backward, except with `recompute`. A backward that gets neither
+computes them again.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ _INPUTS = (
 
 
 def _body(x: Tensor, *arguments: Any) -> Tensor:
-    return reference.ffn(x, *arguments).contiguous()
+    return reference.ffn(x, *arguments[:6]).contiguous()
 
 
 def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
@@ -91,14 +92,15 @@ def _backward_fake(
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *inputs, activation = arguments
+        inputs, activation, recompute = arguments[:6], arguments[6], any(arguments[7:])
+        kept: Sequence[Tensor | None] = (None, None)
         with library.below_autograd():
-            if any(ctx.needs_input_grad):
-                out, *kept = torch.ops.gptopt.ffn_forward.default(*arguments)
+            if any(ctx.needs_input_grad) and not recompute:
+                out, *kept = torch.ops.gptopt.ffn_forward.default(*inputs, activation)
             else:
-                out, kept = torch.ops.gptopt.ffn.default(*arguments), []
+                out = torch.ops.gptopt.ffn.default(*inputs, activation)
         ctx.save_for_backward(*inputs, *kept)
-        ctx.activation = activation
+        ctx.activation, ctx.given = activation, len(arguments)
         result: Tensor = out
         return result
 
@@ -109,7 +111,7 @@ class _Function(torch.autograd.Function):
         gradients = torch.ops.gptopt.ffn_backward.default(
             grad, *ctx.saved_tensors, ctx.activation, mask
         )
-        return *library.masked(gradients, mask), None
+        return *library.masked(gradients, mask), *(None,) * (ctx.given - 6)
 
 
 def _forward_flops(
@@ -130,7 +132,7 @@ def _backward_flops(grad: Size, x: Size, weight: Size, *rest: Any, **__: Any) ->
 
 library.register(
     "ffn",
-    f"({_INPUTS}, str activation) -> Tensor",
+    f"({_INPUTS}, str activation, bool recompute=False) -> Tensor",
     body=_body,
     fake=_fake,
     flops=_forward_flops,

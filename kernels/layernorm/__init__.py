@@ -62,12 +62,11 @@ def layernorm(
     """
     _validate(x, weight, bias, residual, kind, eps)
     check_dropout(dropout_p, seed, x)
-    if torch.compiler.is_exporting() or runs_triton("layernorm", impl, x):
-        y, h = torch.ops.gptopt.layernorm.default(
-            x, weight, bias, residual, seed, kind, eps, dropout_p
-        )
+    arguments = (x, weight, bias, residual, seed, kind, eps, dropout_p)
+    if torch.compiler.is_exporting() or runs_triton("layernorm", impl, x, *arguments):
+        y, h = torch.ops.gptopt.layernorm.default(*arguments)
         return y, x if residual is None and dropout_p == 0.0 else h
-    return reference.layernorm(x, weight, bias, residual, seed, kind, eps, dropout_p)
+    return reference.layernorm(*arguments)
 
 
 def _validate(

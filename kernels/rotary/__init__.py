@@ -43,7 +43,7 @@ def rotary(
     Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2.
     """
     _validate(q, k, cos, sin)
-    if torch.compiler.is_exporting() or runs_triton("rotary", impl, q):
+    if torch.compiler.is_exporting() or runs_triton("rotary", impl, q, q, k, cos, sin, interleaved):
         pair: tuple[Tensor, Tensor] = torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
         return pair
     return reference.rotary(q, k, cos, sin, interleaved)

@@ -110,15 +110,12 @@ def attention(
     scale = 1.0 / sqrt(q.shape[3]) if scale is None else scale
     masks = (key_mask, doc_ids, alibi_slopes, seed)
     options: tuple[Any, ...] = (causal, window, softcap, scale, dropout_p)
-    if torch.compiler.is_exporting() or runs_triton("attention", impl, q):
-        out, present_k, present_v, lse = torch.ops.gptopt.attention.default(
-            q, k, v, past_k, past_v, *masks, *options
-        )
+    arguments = (q, k, v, past_k, past_v, *masks, *options)
+    if torch.compiler.is_exporting() or runs_triton("attention", impl, q, *arguments):
+        out, present_k, present_v, lse = torch.ops.gptopt.attention.default(*arguments)
         present = (k, v) if past is None else (present_k, present_v)
         return AttentionOutput(out, present, lse if need_lse else None)
-    out, present_k, present_v, lse = reference.attention(
-        q, k, v, past_k, past_v, *masks, *options, need_lse=need_lse
-    )
+    out, present_k, present_v, lse = reference.attention(*arguments, need_lse=need_lse)
     return AttentionOutput(out, (present_k, present_v), lse if need_lse else None)
 
 
@@ -169,8 +166,8 @@ def attention_decode(
     check_cache(q, k, cache, lengths)
     check_scores(q, window, softcap, alibi_slopes)
     scale = 1.0 / sqrt(q.shape[3]) if scale is None else scale
-    options: tuple[Any, ...] = (alibi_slopes, window, softcap, scale)
-    if torch.compiler.is_exporting() or runs_triton("attention_decode", impl, q):
-        out: Tensor = torch.ops.gptopt.attention_decode.default(q, k, v, *cache, lengths, *options)
+    arguments: tuple[Any, ...] = (q, k, v, *cache, lengths, alibi_slopes, window, softcap, scale)
+    if torch.compiler.is_exporting() or runs_triton("attention_decode", impl, q, *arguments):
+        out: Tensor = torch.ops.gptopt.attention_decode.default(*arguments)
         return out
-    return reference.attention_decode(q, k, v, *cache, lengths, *options)
+    return reference.attention_decode(*arguments)

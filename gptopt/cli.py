@@ -45,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _complain(str(error))
         return error.exit_code
+    except RuntimeError as error:
+        # The operators stand below gptopt.errors; theirs says all that a user needs, in one line.
+        if debug or type(error).__name__ != "KernelUnavailable":
+            raise
+        _complain(str(error))
+        return 2
     except KeyboardInterrupt:
         if debug:
             raise

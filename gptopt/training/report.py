@@ -38,6 +38,8 @@ class Report:
         step_seconds = stepper.busy_seconds / stepper.busy_steps if stepper.busy_steps else None
         rate = stepper.tokens_per_step / step_seconds if step_seconds else None
         mfu = rate * self._flops / self._peak if rate and self._peak else None
+        if mfu is not None and mfu > 1:
+            mfu = None  # other work slowed the probe: the peak is not known after all
         state.seconds = self.seconds()
         if loss is not None:
             state.train_loss = loss

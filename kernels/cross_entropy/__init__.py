@@ -35,7 +35,9 @@ def cross_entropy(
         hidden: (..., C) float32, bfloat16, float16 or float64, any strides.
         head_weight: (V, C) of the same dtype (autocast casts both).
         targets: (...) int64 in [0, V), or `ignore_index`. Out of range is an IndexError on a CPU
-            and a device-side assertion on a GPU: checking costs a wait for the device.
+            and a device-side assertion on a GPU: checking costs a wait for the device. In the
+            Triton body the loss and the gradients become NaN, and it is an assertion only with
+            TRITON_DEBUG=1.
         ignore_index: tokens with this target have no loss and no gradient.
         label_smoothing: share of the target spread evenly over the vocabulary, in [0, 1].
         z_loss: weight of lse^2, which keeps the logits near 0; >= 0.
@@ -58,12 +60,11 @@ def cross_entropy(
         hidden, head_weight = autocast(hidden.device, hidden, head_weight)
     _validate(hidden, head_weight, targets, label_smoothing, z_loss, softcap, reduction)
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
-    if torch.compiler.is_exporting() or runs_triton("cross_entropy", impl, hidden):
-        loss: Tensor = torch.ops.gptopt.cross_entropy.default(
-            hidden, head_weight, targets, *options
-        )
+    arguments = (hidden, head_weight, targets, *options)
+    if torch.compiler.is_exporting() or runs_triton("cross_entropy", impl, hidden, *arguments):
+        loss: Tensor = torch.ops.gptopt.cross_entropy.default(*arguments)
         return loss
-    return reference.cross_entropy(hidden, head_weight, targets, *options)
+    return reference.cross_entropy(*arguments)
 
 
 def _validate(

@@ -176,7 +176,7 @@ def chunk_tokens(N: int, V: int, itemsize: int) -> int:
     """How many of N > 0 tokens have their logits in memory at once."""
     most = max(MIN_TOKENS, MAX_LOGITS_BYTES // (max(1, V) * itemsize) // _TILE * _TILE)
     chunks = max(triton.cdiv(N, most), min(MIN_CHUNKS, N // MIN_TOKENS), 1)
-    return min(most, triton.cdiv(triton.cdiv(N, chunks), _TILE) * _TILE)
+    return int(min(most, triton.cdiv(triton.cdiv(N, chunks), _TILE) * _TILE))
 
 
 def cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor, *options: Any) -> Tensor:
@@ -190,8 +190,8 @@ def cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The body of gptopt::cross_entropy_forward: the loss, and the gradients of the sum."""
     *options, output_mask = arguments
-    losses, *found = _walk(hidden, head_weight, targets, options, output_mask)
-    return _reduced(losses, targets, options), *found
+    losses, dhidden, dhead = _walk(hidden, head_weight, targets, options, output_mask)
+    return _reduced(losses, targets, options), dhidden, dhead
 
 
 def cross_entropy_backward(
@@ -300,7 +300,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif torch.version.hip:  # its library has no product of half precision into float32
         total.add_(torch.mm(left, right))
     else:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)  # type: ignore[call-overload]
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 
 def _scaled(found: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

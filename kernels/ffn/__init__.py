@@ -4,6 +4,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gptopt.kernels.checks import check_float, check_like, check_shape, shape, wrong
 from gptopt.kernels.dtypes import autocast
@@ -25,6 +26,7 @@ def ffn(
     gate_weight: Tensor | None = None,
     gate_bias: Tensor | None = None,
     addend: Tensor | None = None,
+    recompute: bool = False,
     impl: Impl = "auto",
 ) -> Tensor:
     """Return act(x W^T + b + addend), times (x Wg^T + bg) for a gated activation.
@@ -40,6 +42,8 @@ def ffn(
         gate_weight: (F, C), for gated activations only.
         gate_bias: (F,) or None, for gated activations only.
         addend: (..., F), added before the activation: how LoRA enters.
+        recompute: keep nothing but the arguments for the backward, which then does the matrix
+            product again: less memory for more time. The numbers are the same.
         impl: which body runs: "auto", "reference" or "triton".
 
     All tensors have one dtype and device, except under autocast, which casts them. The result is
@@ -60,12 +64,18 @@ def ffn(
             x.device, bias, gate_weight, gate_bias, addend
         )
     _validate(x, weight, bias, activation, gate_weight, gate_bias, addend)
-    if torch.compiler.is_exporting() or runs_triton("ffn", impl, x):
-        out: Tensor = torch.ops.gptopt.ffn.default(
-            x, weight, bias, gate_weight, gate_bias, addend, activation
-        )
+    arguments = (x, weight, bias, gate_weight, gate_bias, addend, activation)
+    exporting = torch.compiler.is_exporting()
+    if exporting or runs_triton("ffn", impl, x, *arguments):
+        recomputed = (True,) if recompute and not exporting else ()
+        out: Tensor = torch.ops.gptopt.ffn.default(*arguments, *recomputed)
         return out
-    return reference.ffn(x, weight, bias, gate_weight, gate_bias, addend, activation)
+    if recompute:
+        again: Tensor = checkpoint(
+            reference.ffn, *arguments, use_reentrant=False, preserve_rng_state=False
+        )
+        return again
+    return reference.ffn(*arguments)
 
 
 def _validate(

@@ -5,6 +5,8 @@ PIP_ARGS ?=
 BIN := .venv/bin
 # One thread per test process, and the working folder kept off the import path (see CONTRIBUTING).
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
+# Triton decides at its import whether it interprets, so its kernels' tests have their own process.
+INTERPRET := $(TEST_ENV) TRITON_INTERPRET=1
 
 .PHONY: help setup demo test test-all lint format clean
 help:
@@ -22,9 +24,11 @@ demo: setup
 
 test: setup
 	$(TEST_ENV) $(BIN)/pytest -n 2 -m 'not slow'
+	$(INTERPRET) $(BIN)/pytest -n 2 -m 'not slow' tests/kernels/triton
 
 test-all: setup
 	$(TEST_ENV) $(BIN)/pytest -n 2
+	$(INTERPRET) $(BIN)/pytest -n 2 tests/kernels/triton
 
 # mypy sees gptopt.kernels only in a built tree, where the folders lie as they are imported.
 lint: setup

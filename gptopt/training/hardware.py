@@ -186,7 +186,7 @@ def _operators(device: torch.device, kernels: str) -> dict[str, str]:
     """Which body of each operator runs."""
     if kernels != "auto":
         return dict.fromkeys(OPERATORS, kernels)
-    return {name: body for name, (body, _) in explain(device).items()}
+    return {name: body for name, (body, _) in explain(device, prove=True).items()}
 
 
 def device_name(device: torch.device) -> str:

@@ -84,7 +84,7 @@ _OPTIONAL = {
     "cap": "fp32",
     "window": "i32",
 }
-_FIXED = {
+_FIXED: dict[str, str | int | None] = {
     **dict.fromkeys(("lse", "lse2", "delta", "grad_lse", "parts"), "*fp32"),
     **dict.fromkeys(("scale", "keep_scale", "product_scale"), "fp32"),
     **dict.fromkeys(("B", "H", "N", "M"), "i32"),

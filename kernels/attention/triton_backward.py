@@ -132,6 +132,6 @@ def backward(
     M, N = config.sizes["BLOCK_M"], config.sizes["BLOCK_N"]
     bounds = masks.bounds(q, T, S, causal, M, N, by_key=False)
     grid = (B * H * triton.cdiv(T, M),)
-    pointers = (q, k, v, grad_out, lse2, delta, dq, *seen, bounds, seed)
-    launch(attention_bwd_dq_kernel, grid, q, *pointers, *strides, *options, **config.options)
+    arrays = (q, k, v, grad_out, lse2, delta, dq, *seen, bounds, seed)
+    launch(attention_bwd_dq_kernel, grid, q, *arrays, *strides, *options, **config.options)
     return dq, dk, dv

@@ -1,7 +1,9 @@
 """The whole road through the real command line, small: text -> tokens -> GPT -> ONNX -> edge."""
 
 import json
+import re
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +54,17 @@ def test_training_learns(road):
     assert losses[-1] < losses[0] - 1.0
     assert trained["val_loss"] < losses[0] - 1.0
     assert (folder / "run" / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_json_has_the_keys_that_the_readme_lists(road, gptopt):
+    folder, results = road
+    greedy = ["--prompt", PROMPT, "--temperature", "0", "--max-new-tokens", "2", "--json"]
+    results = {**results, "run": json.loads(gptopt("run", folder / "edge", *greedy).stdout)}
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    for verb in ("tokenize", "train", "run"):
+        row = next(line for line in readme.splitlines() if re.match(rf"\| .*`{verb}`.* \|", line))
+        listed = set(re.findall(r"[a-z_]+", " ".join(re.findall(r"`([^`]+)`", row))))
+        assert set(results[verb]) <= listed, verb
 
 
 def test_generate_and_run_give_the_same_greedy_tokens(road, gptopt):
@@ -142,6 +155,17 @@ def test_text_goes_to_stdout_and_progress_to_stderr(road, gptopt):
                   "--max-new-tokens", "4")  # fmt: skip
     assert done.stdout.strip()
     assert "tokens/s" not in done.stdout
+
+
+def test_triton_kernels_without_a_gpu_are_one_line(road, gptopt):
+    folder, _ = road
+    done = gptopt(
+        "generate", folder / "run", "--prompt", PROMPT, "--kernels", "triton", "--device", "cpu",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "impl='triton' cannot run" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("verb", ["generate", "run"])

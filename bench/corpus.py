@@ -11,6 +11,8 @@ import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from gptopt.log import say
+
 HELD_OUT_EVERY = 20
 _LEFT_OUT = {"site-packages", "test", "tests", "idle_test", "pydoc_data"}
 
@@ -47,7 +49,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for train.txt and held_out.txt")
     folder = parser.parse_args().out
     for name, size in write_corpus(folder).items():
-        print(f"{folder / name}.txt: {size:,} characters")
+        say(f"{folder / name}.txt: {size:,} characters")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,111 @@
+"""In how many bits a graph keeps its numbers, as data: the stages ask a precision by its fields."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gptopt.errors import UserError
+from gptopt.kernels.quantization import Method
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockFormat:
+    """Weights in 8, 4 or 2 bits, a scale per block of a row: MatMulNBits, GatherBlockQuantized.
+
+    Attributes:
+        bits: 8, 4 or 2.
+        block: elements that share a scale. A table that is also read by rows (an embedding) takes
+            the largest block up to this one that divides its width.
+        symmetric: no zero points are stored.
+        method: "gptq" needs a calibration text and is "search" without one.
+    """
+
+    bits: int
+    block: int
+    symmetric: bool = True
+    method: Method = "search"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChannelFormat:
+    """Weights in int8, a scale per output; inputs become int8 as they come: DynamicQuantizeMatMul.
+
+    Their range is found per call over all its tokens, so what a prompt says depends, a little, on
+    how it is cut. The fastest form for long prompts.
+    """
+
+
+Format = BlockFormat | ChannelFormat
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """One file of an exported folder.
+
+    Attributes:
+        name: as `--precision` takes it.
+        suffix: what stands behind `model` in the file's name, as transformers.js looks for it.
+        layers: format of the linear layers' weights, None as they are.
+        head: format of the head and of the token embedding, which share their bytes where the
+            head is tied. Always blocks, or None.
+        overrides: weight name -> format, where a layer differs from `layers`.
+        floats: type of everything that is not quantised.
+    """
+
+    name: str
+    suffix: str
+    layers: Format | None = None
+    head: BlockFormat | None = None
+    overrides: Mapping[str, Format | None] = field(default_factory=dict)
+    floats: Literal["float32", "float16"] = "float32"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any weight is kept in less than its floats."""
+        return self.layers is not None or self.head is not None or bool(self.overrides)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether a calibration text makes a difference."""
+        formats = (self.layers, self.head, *self.overrides.values())
+        return any(isinstance(each, BlockFormat) and each.method != "nearest" for each in formats)
+
+
+_Q4 = BlockFormat(bits=4, block=64, method="gptq")
+_Q4_HEAD = BlockFormat(bits=4, block=32, method="gptq")
+
+PRECISIONS = {
+    precision.name: precision
+    for precision in (
+        Precision(name="fp32", suffix=""),
+        Precision(name="fp16", suffix="_fp16", floats="float16"),
+        Precision(
+            name="q8", suffix="_quantized", layers=ChannelFormat(),
+            head=BlockFormat(bits=8, block=128),
+        ),
+        Precision(name="q4", suffix="_q4", layers=_Q4, head=_Q4_HEAD),
+        Precision(
+            name="q4f16", suffix="_q4f16", layers=_Q4, head=_Q4_HEAD, floats="float16"
+        ),
+        Precision(
+            name="q2", suffix="_q2",
+            layers=BlockFormat(bits=2, block=32, symmetric=False, method="gptq"), head=_Q4_HEAD,
+        ),
+    )
+}  # fmt: skip
+
+
+def find_precisions(names: str) -> list[Precision]:
+    """The precisions of a comma-separated list, each once.
+
+    Raises:
+        UserError: one of them is unknown, or there is none.
+    """
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in wanted if name not in PRECISIONS]
+    if unknown or not wanted:
+        found = repr(unknown[0]) if unknown else "nothing"
+        raise UserError(
+            f"--precision: found {found}, expected one or more of {', '.join(PRECISIONS)}"
+        )
+    return [PRECISIONS[name] for name in wanted]

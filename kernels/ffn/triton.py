@@ -2,8 +2,14 @@
 
 The forward is one kernel, with two accumulators where there is a gate. Training keeps the gate and
 what goes into the activation, in the dtype of `x`; a backward that gets neither runs the same
-kernel again. The backward is one elementwise kernel, which also sums the columns for the biases,
-and the matrix products of cuBLAS. Its sums have a fixed order, so they repeat bit for bit.
+kernel again.
+
+The backward has two forms; both repeat bit for bit, for their sums have a fixed order. The separate
+one is an elementwise kernel for the derivative, which also sums the columns for the biases, and the
+products of cuBLAS: the derivative is found once, however wide x is. The fused one finds it while it
+multiplies for dx, which saves reading it again and a launch, but every tile of a row finds it anew:
+it is for activations that cost next to nothing and for few tiles in a row. "bwd_form" in the table
+of configurations says up to how many channels FUSED_C of x it runs.
 """
 
 from collections.abc import Sequence
@@ -16,6 +22,16 @@ from torch import Tensor
 from gptopt.kernels import library
 from gptopt.kernels.dtypes import no_autocast
 from gptopt.kernels.ffn.reference import ACTIVATIONS, GATED
+from gptopt.kernels.ffn.triton_dx import (
+    as_rows,
+    dot_precision,
+    dx_case,
+    is_aligned,
+    is_fused,
+    multiply,
+    tile_rows,
+    word,
+)
 from gptopt.kernels.ffn.triton_kernels import ffn_bwd_act_kernel, ffn_fwd_kernel
 from gptopt.kernels.launch import (
     INTERPRETED,
@@ -62,12 +78,6 @@ def _output(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _rows(x: Tensor, M: int) -> Tensor:
-    """`x` as M rows, each of them contiguous."""
-    x = x.reshape(M, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
 def _project(
     x: Tensor,
     weight: Tensor,
@@ -86,13 +96,12 @@ def _project(
     M = x.shape[:-1].numel()
     if M == 0 or F == 0:
         return
-    x, weight = _rows(x, M), _rows(weight, F)
+    x, weight = as_rows(x, M), as_rows(weight, F)
     gated = gate_weight is not None
-    gate_weight = None if gate_weight is None else _rows(gate_weight, F)
-    addend = None if addend is None else _rows(addend, M)
-    operands = [y for y in (x, weight, gate_weight) if y is not None]
-    aligned = all(y.data_ptr() % 16 == 0 and y.stride(0) % 16 == 0 for y in operands)
-    config = choose("ffn.fwd", arch(x.device), x.dtype, _shape_class(M, gated, aligned))
+    gate_weight = None if gate_weight is None else as_rows(gate_weight, F)
+    addend = None if addend is None else as_rows(addend, M)
+    shape_class = _shape_class(M, gated, is_aligned(x, weight, gate_weight))
+    config = choose("ffn.fwd", arch(x.device), x.dtype, shape_class)
     sizes = config.sizes
     launch(
         ffn_fwd_kernel,
@@ -115,7 +124,7 @@ def _project(
         0 if gate_weight is None else gate_weight.stride(0),
         0 if addend is None else addend.stride(0),
         ACTIVATION=activation,
-        PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        PRECISION=dot_precision(),
         MASK_C=C % sizes["BLOCK_C"] != 0,
         **config.options,
     )
@@ -148,39 +157,32 @@ def ffn_backward(
         gate = None if gate_weight is None else _output(x, weight)
         _project(*inputs, activation, out=None, hidden=hidden, gate=gate)
     need_x, need_weight, need_bias, need_gate_weight, need_gate_bias, need_addend = wanted
-    M, F = x.shape[:-1].numel(), weight.shape[0]
-    slabs, slab_rows = _slabs(M, F, x)
+    M, (F, C) = x.shape[:-1].numel(), weight.shape
+    grad = as_rows(grad, M)
+    gated = gate_weight is not None
+    fused = need_x and x.numel() * F > 0 and is_fused(grad, weight, gate_weight, activation)
+    blocks, block_rows = tile_rows(M, x, activation) if fused else _slabs(M, F, x)
 
     def make(*shape: int, wanted: bool, dtype: torch.dtype = x.dtype) -> Tensor | None:
         return torch.empty(shape, dtype=dtype, device=x.device) if wanted else None
 
-    dhidden = make(M, F, wanted=need_x or need_weight or need_addend)
-    dgate = make(M, F, wanted=need_gate_weight or (need_x and gate_weight is not None))
-    sums = make(slabs, F, wanted=need_bias, dtype=torch.float32)
-    gate_sums = make(slabs, F, wanted=need_gate_bias, dtype=torch.float32)
-    if slabs and any(wanted):
+    dx = make(M, C, wanted=fused)
+    dhidden = make(M, F, wanted=need_weight or need_addend or (need_x and not fused))
+    dgate = make(M, F, wanted=need_gate_weight or (need_x and not fused and gated))
+    sums = make(blocks, F, wanted=need_bias, dtype=torch.float32)
+    gate_sums = make(blocks, F, wanted=need_gate_bias, dtype=torch.float32)
+    found = (dhidden, dgate, sums, gate_sums)
+    if blocks and any(wanted):
         assert hidden is not None
-        grad = _rows(grad, M)
-        config = choose("ffn.bwd_act", arch(x.device), x.dtype)
-        launch(
-            ffn_bwd_act_kernel,
-            (slabs * triton.cdiv(F, config.sizes["BLOCK_F"]),),
-            x,
-            grad,
-            hidden.contiguous(),
-            None if gate_weight is None or gate is None else gate.contiguous(),
-            dhidden,
-            dgate,
-            sums,
-            gate_sums,
-            M,
-            F,
-            grad.stride(0),
-            slab_rows,
-            ACTIVATION=activation,
-            **config.options,
-        )
-    return _products(x, weight, gate_weight, (dhidden, dgate, sums, gate_sums), wanted)
+        kept = hidden.contiguous(), gate.contiguous() if gated and gate is not None else None
+        if dx is None:
+            config = choose("ffn.bwd_act", arch(x.device), x.dtype)
+            grid = (blocks * triton.cdiv(F, config.sizes["BLOCK_F"]),)
+            numbers = (M, F, grad.stride(0), block_rows, activation)
+            launch(ffn_bwd_act_kernel, grid, x, grad, *kept, *found, *numbers, **config.options)
+        else:
+            multiply(grad, kept, (weight, gate_weight), dx, found, activation)
+    return _products(x, weight, gate_weight, dx, found, wanted)
 
 
 def _slabs(M: int, F: int, x: Tensor) -> tuple[int, int]:
@@ -197,32 +199,32 @@ def _products(
     x: Tensor,
     weight: Tensor,
     gate_weight: Tensor | None,
+    dx: Tensor | None,
     found: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients, from those of what goes into the activation and of the gate."""
+    """The gradients, from those of what goes into the activation and of the gate; dx if missing."""
     dhidden, dgate, sums, gate_sums = found
     need_x, need_weight, _, need_gate_weight, _, need_addend = wanted
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     # One of its own for each: results of an operator share no memory.
-    dx, dweight, dgate_weight, daddend = (x.new_empty(0) for _ in range(4))
+    dweight, dgate_weight, daddend = (x.new_empty(0) for _ in range(3))
     with no_autocast(x):
+        if need_x and dx is None and dhidden is not None:
+            dx = torch.mm(dhidden, weight)
+            if dgate is not None and gate_weight is not None:
+                dx.addmm_(dgate, gate_weight)
         if dhidden is not None:
-            if need_x:
-                dx = torch.mm(dhidden, weight)
             if need_weight:
                 dweight = torch.mm(dhidden.t(), rows)
             if need_addend:
                 daddend = dhidden.view(*x.shape[:-1], weight.shape[0])
-        if dgate is not None and gate_weight is not None:
-            if need_x:
-                dx.addmm_(dgate, gate_weight)
-            if need_gate_weight:
-                dgate_weight = torch.mm(dgate.t(), rows)
+        if need_gate_weight and dgate is not None:
+            dgate_weight = torch.mm(dgate.t(), rows)
     dbias, dgate_bias = (
         x.new_empty(0) if s is None else s.sum(0).to(x.dtype) for s in (sums, gate_sums)
     )
-    dx = dx.view(x.shape) if need_x else dx
+    dx = x.new_empty(0) if dx is None else dx.view(x.shape)
     return dx, dweight, dbias, dgate_weight, dgate_bias, daddend
 
 
@@ -234,6 +236,7 @@ def aot_cases() -> list[AotCase]:
         for activation in ACTIVATIONS:
             for precision in precisions:
                 cases += [_fwd_case(dtype, activation, precision, *kind) for kind in _AOT_KINDS]
+                cases += [dx_case(dtype, activation, precision, whole) for whole in (True, False)]
             cases.append(_bwd_case(dtype, activation))
     return cases
 
@@ -254,7 +257,7 @@ def _fwd_case(
     shape_class = _shape_class(M, gated, aligned)
     one, gate = pointer(dtype), pointer(dtype) if gated else None
     width = "i32:16" if aligned else "i32"
-    words = [_word(dtype), activation, shape_class, "" if whole else "tail", precision]
+    words = [word(dtype), activation, shape_class, "" if whole else "tail", precision]
     return AotCase(
         "ffn",
         ffn_fwd_kernel,
@@ -291,12 +294,8 @@ def _bwd_case(dtype: torch.dtype, activation: str) -> AotCase:
         },
         {"ACTIVATION": activation},
         lambda arch: choose("ffn.bwd_act", arch, dtype),
-        f"{_word(dtype)} {activation}",
+        f"{word(dtype)} {activation}",
     )
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 for _name, _body, _supported in (

@@ -1,4 +1,6 @@
-"""ffn on the GPU, the device side: the activations, the forward and the elementwise backward."""
+"""ffn on the GPU, the device side: the activations, the forward and both forms of the backward."""
+
+from typing import Any
 
 import triton.language as tl
 
@@ -67,6 +69,17 @@ def _derivative(x: tl.tensor, ACTIVATION: tl.constexpr) -> tl.tensor:
 
 
 @jit
+def tile_of(rows: tl.tensor, columns: tl.tensor, GROUP: tl.constexpr) -> Any:
+    """(row, column) of this program's tile. Tiles go down GROUP rows before the next column: those
+    that run at the same time share their operands in the L2 cache."""
+    tile = tl.program_id(0)
+    in_group = GROUP * columns
+    first = tile // in_group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    return first + tile % in_group % height, tile % in_group // height
+
+
+@jit
 def ffn_fwd_kernel(
     x_ptr: tl.tensor,  # (M, C), rows x_stride apart
     weight_ptr: tl.tensor,  # (F, C), rows weight_stride apart
@@ -92,15 +105,10 @@ def ffn_fwd_kernel(
     BLOCK_C: tl.constexpr,
     GROUP_M: tl.constexpr,
 ) -> None:
-    """One tile of the result. Tiles go down GROUP_M rows before the next column: those that run at
-    the same time share their operands in the L2 cache."""
-    tile = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    in_group = GROUP_M * tl.cdiv(F, BLOCK_F)
-    first = tile // in_group * GROUP_M
-    height = tl.minimum(tiles_m - first, GROUP_M)
-    m0 = (first + tile % in_group % height) * BLOCK_M
-    f0 = tile % in_group // height * BLOCK_F
+    """One tile of the result."""
+    tile_m, tile_f = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(F, BLOCK_F), GROUP_M)
+    m0 = tile_m * BLOCK_M
+    f0 = tile_f * BLOCK_F
     m = m0 + tl.arange(0, BLOCK_M)
     f = f0 + tl.arange(0, BLOCK_F)
     c = tl.arange(0, BLOCK_C)
@@ -206,3 +214,103 @@ def ffn_bwd_act_kernel(
         tl.store(dbias_ptr + at, tl.sum(sums, axis=0), mask=f < F)
     if dgate_bias_ptr is not None:
         tl.store(dgate_bias_ptr + at, tl.sum(gate_sums, axis=0), mask=f < F)
+
+
+@jit
+def ffn_bwd_dx_kernel(
+    grad_ptr: tl.tensor,  # (M, F), rows grad_stride apart
+    hidden_ptr: tl.tensor,  # (M, F)
+    gate_ptr: tl.tensor,  # (M, F), None without a gate
+    weight_ptr: tl.tensor,  # (F, C), rows weight_stride apart
+    gate_weight_ptr: tl.tensor,  # (F, C), rows gate_stride apart; None without a gate
+    dx_ptr: tl.tensor,  # (M, C)
+    dhidden_ptr: tl.tensor,  # (M, F), or None
+    dgate_ptr: tl.tensor,  # (M, F), or None
+    dbias_ptr: tl.tensor,  # (tiles of rows, F) float32, the sums over each tile's rows; or None
+    dgate_bias_ptr: tl.tensor,  # the same of the gate; or None
+    M: tl.tensor,
+    F: tl.tensor,
+    C: tl.tensor,
+    grad_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    gate_stride: tl.tensor,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASK: tl.constexpr,  # BLOCK_F does not divide F, or BLOCK_C not C
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    GROUP_M: tl.constexpr,
+) -> None:
+    """One tile of dx = dhidden W + dgate Wg, where both factors on the left are found as they are
+    needed. Every tile of a row finds them; the first one keeps them and their sums."""
+    tile_m, tile_c = tile_of(tl.cdiv(M, BLOCK_M), tl.cdiv(C, BLOCK_C), GROUP_M)
+    m0 = tile_m * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
+    f = tl.arange(0, BLOCK_F)
+    c = tile_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    row, column = tl.arange(0, BLOCK_M)[:, None], f[None, :]
+    inside = (m < M)[:, None]
+    dtype = hidden_ptr.dtype.element_ty
+
+    # Rows beyond the end read the last one: the loads need no mask for them.
+    read = tl.minimum(m, M - 1).to(tl.int64)[:, None]
+    grad_ptr += read * grad_stride + column
+    hidden_ptr += read * F + column
+    weight_ptr += f.to(tl.int64)[:, None] * weight_stride + c[None, :]
+    at = m0.to(tl.int64) * F
+    sums_at = tile_m.to(tl.int64) * F + f
+    if gate_ptr is not None:
+        gate_ptr += read * F + column
+        gate_weight_ptr += f.to(tl.int64)[:, None] * gate_stride + c[None, :]
+    dx = tl.zeros([BLOCK_M, BLOCK_C], dtype=tl.float32)
+    for start in range(0, F, BLOCK_F):
+        here = f < F - start
+        if MASK:
+            # Zeros, so that whatever the weights' tail holds is no part of the sum.
+            grad = tl.load(grad_ptr + start, mask=here[None, :], other=0.0)
+            hidden = tl.load(hidden_ptr + start, mask=here[None, :], other=0.0)
+            whole = here[:, None] & (c < C)[None, :]
+            weight = tl.load(weight_ptr, mask=whole, other=0.0)
+        else:
+            grad = tl.load(grad_ptr + start)
+            hidden = tl.load(hidden_ptr + start)
+            weight = tl.load(weight_ptr)
+        grad = grad.to(tl.float32)
+        hidden = hidden.to(tl.float32)
+        if gate_ptr is not None:
+            if MASK:
+                gate = tl.load(gate_ptr + start, mask=here[None, :], other=0.0)
+                gate_weight = tl.load(gate_weight_ptr, mask=whole, other=0.0)
+            else:
+                gate = tl.load(gate_ptr + start)
+                gate_weight = tl.load(gate_weight_ptr)
+            dgate = grad * _activate(hidden, ACTIVATION)
+            rounded = cast(dgate, dtype)
+            dx = tl.dot(
+                dot_operand(rounded), dot_operand(gate_weight), dx, input_precision=PRECISION
+            )
+            if tile_c == 0:
+                if dgate_ptr is not None:
+                    place = dgate_ptr + at + start + (row * F + column)
+                    tl.store(place, rounded, mask=inside & here[None, :])
+                if dgate_bias_ptr is not None:
+                    sums = tl.sum(tl.where(inside, dgate, 0.0), axis=0)
+                    tl.store(dgate_bias_ptr + sums_at + start, sums, mask=here)
+            grad *= gate.to(tl.float32)
+            gate_weight_ptr += BLOCK_F * gate_stride
+        dhidden = grad * _derivative(hidden, ACTIVATION)
+        rounded = cast(dhidden, dtype)
+        dx = tl.dot(dot_operand(rounded), dot_operand(weight), dx, input_precision=PRECISION)
+        if tile_c == 0:
+            if dhidden_ptr is not None:
+                place = dhidden_ptr + at + start + (row * F + column)
+                tl.store(place, rounded, mask=inside & here[None, :])
+            if dbias_ptr is not None:
+                sums = tl.sum(tl.where(inside, dhidden, 0.0), axis=0)
+                tl.store(dbias_ptr + sums_at + start, sums, mask=here)
+        weight_ptr += BLOCK_F * weight_stride
+
+    place = dx_ptr + m0.to(tl.int64) * C + tile_c * BLOCK_C
+    place += row * C + tl.arange(0, BLOCK_C)[None, :]
+    tl.store(place, cast(dx, dx_ptr.dtype.element_ty), mask=inside & (c < C)[None, :])

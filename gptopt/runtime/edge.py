@@ -1,26 +1,28 @@
 """An exported model in onnxruntime: checked before it is parsed, run on the provider asked for."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gptopt.config import SamplingOptions
 from gptopt.errors import UserError
+from gptopt.manifest import sha256_of
+from gptopt.runtime import cache_file, settings
 from gptopt.runtime import sampling as sampler
+from gptopt.runtime.cache import Cache, GrowingCache
 from gptopt.runtime.folder import load_config, load_tokenizer, model_file, verify_folder
 from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, positions
 from gptopt.runtime.session import Session
+from gptopt.runtime.shared import SharedCache
+from gptopt.runtime.variants import AUTO, choose
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
-Cache = list[tuple[Floats, Floats]]
-
-_SCORES_AT_ONCE = 2**24  # float32 logits of one part of a prompt: 64 MiB
-_SHORTEST_PART = 16  # tokens; shorter ones would read the weights too often
+Arrays = list[tuple[Floats, Floats]]
 
 
 class EdgeModel:
@@ -30,38 +32,61 @@ class EdgeModel:
         tokenizer: the folder's tokenizer; None where the model was exported without one.
         config: sizes and end-of-text ids (gptopt.runtime.folder.EdgeConfig).
         provider: name of the provider that runs, such as "cpu".
+        precision, file: of the ONNX file that runs (gptopt.runtime.variants).
+        settings: how onnxruntime's threads work.
         block_size, vocab_size, tokenizer_size: tokens seen at once, ids that the model knows, ids
             that may be chosen.
+        cache: what the last generation has read; the next one without a cache of its own
+            overwrites it, so `branch()` what is to stay.
     """
 
     def __init__(
-        self, folder: Path | str, *, provider: str = "cpu", threads: int = 0, verify: bool = True
+        self,
+        folder: Path | str,
+        *,
+        precision: str = AUTO,
+        provider: str = "cpu",
+        threads: int = 0,
+        spinning: settings.Spinning | None = None,
+        verify: bool = True,
     ) -> None:
-        """Check the folder and load it.
+        """Check the folder and load one of its ONNX files.
 
         Args:
             folder: what gptopt export wrote.
+            precision: such as fp32, q8 or q4; auto: the first that the export wrote.
             provider: onnxruntime execution provider, such as cpu or cuda.
-            threads: of onnxruntime; 0 takes one per physical core.
+            threads: of onnxruntime; 0: as `gptopt run --tune` measured on this machine, else one
+                per physical core.
+            spinning: how waiting threads spend their time (gptopt.runtime.settings.Settings);
+                none: as measured, else they sleep.
             verify: check the manifest. Leave it out only for a folder that this process wrote.
 
         Raises:
-            UserError: no exported folder, or the provider is not available here.
+            UserError: no exported folder, or it or this machine has not what was asked for.
             CheckFailed: the folder was changed, or the graph is not what config.json says.
         """
         folder = Path(folder)
         if verify:
             verify_folder(folder)
         self.config = load_config(folder)
+        self.precision, self.file = choose(folder, precision)
         self.tokenizer = load_tokenizer(folder, self.config["tokenizer_size"])
         if self.tokenizer is not None:
             self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
-        self._session = Session(model_file(folder), self.config, provider, threads)
+        self.settings = settings.chosen(provider.lower(), threads, spinning)
+        self._path = model_file(folder, self.file.file)
+        self._session = Session(
+            self._path, self.config, provider, file=self.file, settings=self.settings
+        )
         self.provider = self._session.provider
         self.block_size = self.config["block_size"]
         self.vocab_size = self.config["vocab_size"]
         self.tokenizer_size = self.config["tokenizer_size"]
-        self._cache: list[Any] = []
+        self.cache: Cache | None = None
+        self._own: Cache | None = None  # the one that belongs to no caller, kept for its memory
+        self._given: Cache | None = None
+        self._identity = ""
         self._folder = folder
 
     def forward(
@@ -69,9 +94,9 @@ class EdgeModel:
         ids: npt.ArrayLike,
         attention_mask: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
-        past: Cache | None = None,
-    ) -> tuple[npt.NDArray[np.float32], Cache]:
-        """Scores of every position, and the cache.
+        past: Arrays | None = None,
+    ) -> tuple[npt.NDArray[np.float32], Arrays]:
+        """Scores of every position, and the cache as arrays: for measuring, not for generating.
 
         Args:
             ids: (B, T) token ids.
@@ -81,6 +106,9 @@ class EdgeModel:
 
         Returns:
             logits (B, T, V) float32, and per layer keys and values, each (B, K, S, D).
+
+        Raises:
+            UserError: rows are padded where the file takes no padding.
         """
         ids = np.asarray(ids, dtype=np.int64)
         B, T = ids.shape
@@ -88,32 +116,90 @@ class EdgeModel:
         real: Bools = np.ones((B, P + T), dtype=np.bool_)
         if attention_mask is not None:
             real = np.asarray(attention_mask).astype(np.bool_)
+        late = P > 0 or bool((real[:, 1:] > real[:, :-1]).any())
+        if self.file.padding == "right" and late and not real.all():
+            raise UserError(
+                f"{self._path}: takes rows padded on the right only, and none behind a cache; "
+                f"choose another precision or target"
+            )
         order = positions(real, T) if position_ids is None else np.asarray(position_ids, np.int64)
         flat = [array for pair in past or () for array in pair]
-        logits, present = self._session.run(ids, real, order, flat)
-        arrays = [value.numpy() for value in present]
-        return logits, list(zip(arrays[::2], arrays[1::2], strict=True))
-
-    def prefill(self, ids: Ints, mask: Bools) -> Floats:
-        """Forget the cache and read ids (B, T); scores (B, V) of the last position."""
-        B, T = ids.shape
-        # The graph scores every position; read in parts, those scores stay small: of 16 prompts
-        # of 1024 tokens GPT-2's would take 3 GiB.
-        step = max(_SHORTEST_PART, _SCORES_AT_ONCE // (B * self.vocab_size))
-        self._cache = []
+        # Some graphs score the last position only, and some run several tokens behind a cache in
+        # one row only: they read column by column.
+        alone = self.file.scores == "last" or (self.file.cache == "shared" and P and B > 1)
+        step = 1 if alone else max(T, 1)
+        scores = []
         for begin in range(0, T, step):
             end = min(begin + step, T)
-            scores = self._read(ids[:, begin:end], mask[:, :end])
-        return scores
+            part = slice(begin, end)
+            logits, flat = self._session.run(ids[:, part], real[:, : P + end], order[:, part], flat)
+            scores.append(logits)
+        arrays = [value if isinstance(value, np.ndarray) else value.numpy() for value in flat]
+        whole = scores[0] if len(scores) == 1 else np.concatenate(scores, axis=1)
+        return whole, list(zip(arrays[::2], arrays[1::2], strict=True))
+
+    def new_cache(self, rows: int = 1) -> Cache:
+        """An empty cache of so many rows: `read`, `step`, `rewind`, `branch`, `save` it."""
+        if not self.config["causal"]:
+            raise UserError(
+                f"{self._folder}: is a masked language model without a cache, it cannot generate; "
+                f"export a causal model"
+            )
+        kind = SharedCache if self.file.cache == "shared" else GrowingCache
+        return kind(self._session, rows, self.block_size, self._identify)
+
+    def load_cache(self, path: Path | str) -> Cache:
+        """A cache that was saved with the same folder and precision.
+
+        Raises:
+            UserError: there is no such file, or another model made it.
+            CheckFailed: it is broken.
+        """
+        expected = cache_file.Expected(
+            identity=self._identify(),
+            names=self._session.past,
+            shape=self._session.cache_shape,
+            dtype=np.dtype(self._session.cache_dtype).name,
+            capacity=self.block_size,
+            vocab_size=self.vocab_size,
+            right=self.file.padding == "right",
+        )
+        saved = cache_file.read(Path(path), expected)
+        loaded = self.new_cache(len(saved.ids))
+        loaded.fill(saved.ids, saved.mask, saved.parts)
+        return loaded
+
+    def prefill(self, ids: Ints, mask: Bools) -> Floats:
+        """Read ids (B, T), real where mask (B, T) is True; scores (B, V) behind the last of each.
+
+        Whatever the cache held is forgotten, except for a cache that `complete` was given: of that
+        the common beginning stays.
+        """
+        texts = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+        if self._given is not None:
+            self.cache = self._given
+            return _read_on(self.cache, texts)
+        if self._own is None or self._own.rows != len(texts):
+            self._own = self.new_cache(len(texts))
+        self.cache = self._own
+        self.cache.rewind(0)
+        return self.cache.read(texts)
 
     def decode(self, ids: Ints, mask: Bools) -> Floats:
-        """Read one more column, ids (B, 1), with mask (B, S) over all; scores (B, V)."""
-        return self._read(ids, mask)
-
-    def _read(self, ids: Ints, mask: Bools) -> Floats:
-        order = positions(mask, ids.shape[1])
-        logits, self._cache = self._session.run(ids, mask, order, self._cache)
-        return logits[:, -1]
+        """Read one more column, ids (B, 1), of the rows whose last mask is True; scores (B, V)."""
+        cache, live = self.cache, mask[:, -1]
+        assert cache is not None
+        if cache.columns < cache.capacity or cache.packed:
+            return cache.step(ids[:, 0], live)
+        # A given cache may hold more padding than the loop knows of.
+        known = cache.tokens
+        cache.rewind(0)
+        return cache.read(
+            [
+                [*known[row], int(id_)] if live[row] else [int(id_)]
+                for row, id_ in enumerate(ids[:, 0])
+            ]
+        )
 
     def choose(
         self,
@@ -134,26 +220,45 @@ class EdgeModel:
         end_ids: Sequence[int] | None = None,
         on_text: OnText | None = None,
         on_token: OnToken | None = None,
+        cache: Cache | None = None,
     ) -> Completion:
         """Continue a batch of prompts; see gptopt.runtime.generation.complete.
 
-        `end_ids` replaces the folder's own end-of-text ids; () never ends a text early.
+        Args:
+            prompts: token ids of each.
+            sampling: filters, seed and number of new tokens.
+            context: what happens where the context is full.
+            end_ids: replaces the folder's own end-of-text ids; () never ends a text early.
+            on_text: called with the row and each piece of text.
+            on_token: called with the row and each token.
+            cache: of this model, a row for each prompt. What it has in common with the beginning
+                of the prompts is not read again; afterwards it holds what was generated too.
+
+        Raises:
+            UserError: see gptopt.runtime.generation.complete; or the cache does not fit.
         """
-        if not self.config["causal"]:
+        if cache is None and not self.config["causal"]:
+            self.new_cache()  # says why not
+        if cache is not None and cache.session is not self._session:
+            raise UserError("the cache is of another model; save it there and load_cache it here")
+        if cache is not None and cache.rows != len(prompts):
             raise UserError(
-                f"{self._folder}: is a masked language model without a cache, it cannot generate; "
-                f"export a causal model"
+                f"the cache has {cache.rows} rows, {len(prompts)} prompts were given; branch it"
             )
-        return complete(
-            self,
-            prompts,
-            sampling,
-            tokenizer=self.tokenizer,
-            end_ids=self.config["eos_ids"] if end_ids is None else end_ids,
-            context=context,
-            on_text=on_text,
-            on_token=on_token,
-        )
+        self._given = cache
+        try:
+            return complete(
+                self,
+                prompts,
+                sampling,
+                tokenizer=self.tokenizer,
+                end_ids=self.config["eos_ids"] if end_ids is None else end_ids,
+                context=context,
+                on_text=on_text,
+                on_token=on_token,
+            )
+        finally:
+            self._given = None
 
     def generate(
         self,
@@ -163,9 +268,35 @@ class EdgeModel:
         on_token: OnToken | None = None,
         *,
         end_ids: Sequence[int] | None = None,
+        cache: Cache | None = None,
     ) -> list[list[int]]:
         """The new tokens of each prompt, the one that ended the text included."""
         done = self.complete(
-            prompt_ids, sampling, context=context, end_ids=end_ids, on_token=on_token
+            prompt_ids, sampling, context=context, end_ids=end_ids, on_token=on_token, cache=cache
         )
         return [row.tokens for row in done.rows]
+
+    def _identify(self) -> str:
+        """sha256 of the ONNX file and of its data; taken when first needed."""
+        if not self._identity:
+            data = self._path.with_name(self._path.name + "_data")
+            parts = [sha256_of(path) for path in (self._path, data) if path.is_file()]
+            self._identity = hashlib.sha256("".join(parts).encode()).hexdigest()
+        return self._identity
+
+
+def _read_on(cache: Cache, texts: list[list[int]]) -> Floats:
+    """Read texts into a cache, as little of them as it does not hold yet."""
+    common = [_common(known, text[:-1]) for known, text in zip(cache.tokens, texts, strict=True)]
+    longest = max(len(text) - kept for text, kept in zip(texts, common, strict=True))
+    cache.rewind(common)
+    if cache.columns + longest > cache.capacity:  # padding between old and new has no room
+        common = [0] * len(texts)
+        cache.rewind(0)
+    return cache.read([text[kept:] for text, kept in zip(texts, common, strict=True)])
+
+
+def _common(one: list[int], other: list[int]) -> int:
+    """Length of the longest common beginning."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))

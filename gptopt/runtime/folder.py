@@ -17,10 +17,10 @@ from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import MANIFEST, read_json, verify_manifest
 from gptopt.runtime.graph import check_graph
+from gptopt.runtime.variants import MODEL_FILE
 from gptopt.tokenizer import Tokenizer
 
 KIND = "edge"
-MODEL_FILE = "onnx/model.onnx"
 
 _MIB = 2**20
 # Names an export may write -> the largest size of each in bytes.
@@ -102,9 +102,9 @@ def _limit(relative: str) -> int:
     return next((limit for names, limit in _LIMITS if names.fullmatch(relative)), 0)
 
 
-def model_file(folder: Path) -> Path:
-    """The checked path of the folder's ONNX file."""
-    path = folder / MODEL_FILE
+def model_file(folder: Path, name: str = MODEL_FILE) -> Path:
+    """The checked path of one of the folder's ONNX files."""
+    path = folder / name
     if not path.is_file():
         raise CheckFailed(f"{path}: missing; export the model again")
     check_graph(path)

@@ -4,7 +4,9 @@ The only module that touches onnxruntime. It is imported when a model is loaded,
 the runtime works, and explains itself, where it is not installed.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import numpy.typing as npt
 
 from gptopt.errors import CheckFailed, UserError, first_line
 from gptopt.runtime.folder import EdgeConfig
+from gptopt.runtime.settings import Settings
+from gptopt.runtime.variants import EdgeFile
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -29,17 +33,46 @@ PROVIDERS = {
 }
 _IDS = ("input_ids", "attention_mask", "position_ids")
 _FLOAT_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_CACHE_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8": "tensor(int8)"}
+_NUMPY = {**_FLOAT_TYPES, "tensor(int8)": np.int8}
+KEEP = "num_logits_to_keep"  # optional input: score the last so many positions; 0: all
+_PLAIN = EdgeFile()
+# onnxruntime's tiled attention is the faster one for float caches, the plain one for int8; the
+# variable is read while a session is opened.
+_NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
 
 
 class Session:
     """A graph that keeps the contract of an exported folder.
 
     Attributes:
-        provider: our name of the provider that runs.
+        provider: our name of the provider that runs. device: where the cache lies.
+        past, present: names of the cache's inputs and outputs, key and value by layer.
+        cache_dtype, logits_dtype: numpy types.
+        cache_shape: (K, D).
+        keeps: whether the graph scores only the last positions where KEEP asks it to.
+        settings: how its threads work.
     """
 
-    def __init__(self, path: Path, config: EdgeConfig, provider: str, threads: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: EdgeConfig,
+        provider: str,
+        threads: int = 0,
+        *,
+        file: EdgeFile = _PLAIN,
+        settings: Settings | None = None,
+    ) -> None:
         """Load `path`, which must have been checked before.
+
+        Args:
+            path: the ONNX file.
+            config: sizes that its inputs and outputs must have.
+            provider: our name of an execution provider.
+            threads: used where no settings are given.
+            file: what is known of the file.
+            settings: how the threads work.
 
         Raises:
             UserError: onnxruntime or the provider is not available.
@@ -47,46 +80,94 @@ class Session:
         """
         ort = _onnxruntime()
         self.provider = provider.lower()
-        chosen, self._device = _provider(ort, self.provider)
-        self._session = _open(ort, path, chosen, threads)
-        self._past, self._present = _cache_names(config)
-        self._dtype = _check_contract(self._session, path, config)
-        self._shape = (config["kv_heads"], config["head_size"])
+        self.settings = settings or Settings(threads)
+        name, self.device = _provider(ort, self.provider)
+        self._session = _open(ort, path, name, self.settings, file)
+        self.past, self.present = _cache_names(config)
+        self.logits_dtype, self.cache_dtype = _check_contract(self._session, path, config, file)
+        self.cache_shape = (config["kv_heads"], config["head_size"])
+        self.vocab_size = config["vocab_size"]
+        self.file = file
+        extra = {item.name: item for item in self._session.get_overridable_initializers()}
+        self.keeps = KEEP in extra
+        self._keep_shape = [1] if self.keeps and extra[KEEP].shape else []
 
     def run(
-        self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any]
+        self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any], keep: int = 0
     ) -> tuple[npt.NDArray[np.float32], list[Any]]:
         """Scores (B, T, V) float32 and the cache after ids (B, T), as onnxruntime values.
 
         The mask (B, P + T) is False where padding lies.
         `past` is a cache this method returned, or arrays (B, K, P, D), key and value by layer; an
-        empty one stands for P = 0.
+        empty one stands for P = 0. Where the graph can, only the last `keep` positions are scored.
         """
-        logits, *present = self._bound(ids, mask, position_ids, past)
+        logits, *present = self._bound(ids, mask, position_ids, past, keep)
         return logits.numpy().astype(np.float32, copy=False), present
 
-    def _bound(self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any]) -> list[Any]:
+    def _bound(
+        self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any], keep: int
+    ) -> list[Any]:
         # Bound, not passed: on a GPU the cache then never leaves the device between two steps.
-        binding = self._session.io_binding()
-        K, D = self._shape
-        past = past or [np.zeros((len(ids), K, 0, D), self._dtype)] * len(self._past)
-        feeds = dict(zip((*_IDS, *self._past), (ids, mask, position_ids, *past), strict=True))
+        binding = self.new_binding()
+        K, D = self.cache_shape
+        past = past or [np.zeros((len(ids), K, 0, D), self.cache_dtype)] * len(self.past)
+        feeds = dict(zip((*_IDS, *self.past), (ids, mask, position_ids, *past), strict=True))
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
-                dtype = np.int64 if name in _IDS else self._dtype
+                dtype = np.int64 if name in _IDS else self.cache_dtype
                 feeds[name] = np.ascontiguousarray(value, dtype)  # held until the run is over
                 binding.bind_cpu_input(name, feeds[name])
             else:
                 binding.bind_ortvalue_input(name, value)
+        if keep and self.keeps:
+            binding.bind_ortvalue_input(KEEP, self.kept(keep))
         binding.bind_output("logits", "cpu")
-        for name in self._present:
-            binding.bind_output(name, self._device)
+        for name in self.present:
+            binding.bind_output(name, self.device)
+        self.execute(binding)
+        values: list[Any] = binding.get_outputs()
+        return values
+
+    def kept(self, count: int) -> Any:
+        """The value of the input KEEP, in the shape that the graph declares.
+
+        An optional input can be bound as a value only, not as an address.
+        """
+        array = np.array(count, dtype=np.int64).reshape(self._keep_shape)
+        return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
+
+    def new_binding(self) -> Any:
+        """An onnxruntime IOBinding of this session."""
+        return self._session.io_binding()
+
+    def execute(self, binding: Any) -> None:
+        """Run what is bound; CheckFailed where the graph cannot."""
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
             raise CheckFailed(f"onnxruntime cannot run the graph ({first_line(error)})") from None
-        values: list[Any] = binding.get_outputs()
-        return values
+
+    def zeros(self, shape: tuple[int, ...]) -> tuple[Any, int]:
+        """A zeroed buffer of the cache's type on the session's device, and its address.
+
+        On the CPU it is an array, else an onnxruntime value.
+        """
+        array = _aligned_zeros(shape, self.cache_dtype)
+        if self.device == "cpu":
+            return array, array.ctypes.data
+        value = _onnxruntime().OrtValue.ortvalue_from_numpy(array, self.device, 0)
+        return value, value.data_ptr()
+
+
+def _aligned_zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """np.zeros at a multiple of 64 bytes: vector loads then touch one cache line each.
+
+    The system hands out the pages when they are first written, so that an empty cache costs none.
+    """
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _onnxruntime() -> Any:
@@ -110,17 +191,19 @@ def _provider(ort: Any, name: str) -> tuple[str, str]:
     raise UserError(f"--provider {name}: {reason}{hint}; available here: {', '.join(known)}")
 
 
-def _open(ort: Any, path: Path, provider: str, threads: int) -> Any:
+def _open(ort: Any, path: Path, provider: str, settings: Settings, file: EdgeFile) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = settings.threads
     options.log_severity_level = 3
-    # Threads that spin while they wait halve the speed where another process needs the core (seen
-    # with GPT-2 on two cores), and one sequence is bound by memory, not by waiting.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    for key, value in settings.entries().items():
+        options.add_session_config_entry(key, value)
     options.add_session_config_entry("session.load_model_format", "ONNX")
     try:
         # Without its fallback, which would try the CPU and print to stdout.
-        session = ort.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
+        with _environment(_NO_TILES, "1" if file.cache_dtype == "int8" else None):
+            session = ort.InferenceSession(
+                str(path), options, providers=[provider], enable_fallback=0
+            )
     except Exception as error:
         remedy = "" if provider == PROVIDERS["cpu"][0] else ", or run it with --provider cpu"
         raise CheckFailed(
@@ -135,6 +218,19 @@ def _open(ort: Any, path: Path, provider: str, threads: int) -> Any:
     return session
 
 
+@contextlib.contextmanager
+def _environment(name: str, value: str | None) -> Iterator[None]:
+    """Set an environment variable for a moment, unless it is set already or there is no value."""
+    if value is None or name in os.environ:
+        yield
+        return
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
 def _cache_names(config: EdgeConfig) -> tuple[list[str], list[str]]:
     layers = range(config["n_layer"]) if config["causal"] else ()
     past, present = (
@@ -144,8 +240,8 @@ def _cache_names(config: EdgeConfig) -> tuple[list[str], list[str]]:
     return past, present
 
 
-def _check_contract(session: Any, path: Path, config: EdgeConfig) -> Any:
-    """Compare the graph's inputs and outputs with config.json; the cache's numpy dtype."""
+def _check_contract(session: Any, path: Path, config: EdgeConfig, file: EdgeFile) -> Any:
+    """Compare inputs and outputs with config.json; numpy dtypes of the logits and the cache."""
     past, present = _cache_names(config)
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
@@ -153,15 +249,16 @@ def _check_contract(session: Any, path: Path, config: EdgeConfig) -> Any:
     _same_names(path, "outputs", list(outputs), ["logits", *present])
     for name in _IDS:
         _same_shape(path, inputs[name], ["tensor(int64)"], (None, None))
-    cache = (None, config["kv_heads"], None, config["head_size"])
-    types = [outputs["logits"].type] if past else list(_FLOAT_TYPES)
-    for name in past:
-        _same_shape(path, inputs[name], types, cache)
-    for name in present:
-        _same_shape(path, outputs[name], types, cache)
     logits = outputs["logits"]
-    _same_shape(path, logits, list(_FLOAT_TYPES), (None, None, config["vocab_size"]))
-    return _FLOAT_TYPES[logits.type]
+    scored = 1 if file.scores == "last" and logits.shape[1] == 1 else None
+    _same_shape(path, logits, list(_FLOAT_TYPES), (None, scored, config["vocab_size"]))
+    cached = _CACHE_TYPES[file.cache_dtype] if file.cache_dtype else logits.type
+    cache = (None, config["kv_heads"], None, config["head_size"])
+    for name in past:
+        _same_shape(path, inputs[name], [cached], cache)
+    for name in present:
+        _same_shape(path, outputs[name], [cached], cache)
+    return _FLOAT_TYPES[logits.type], _NUMPY[cached]
 
 
 def _same_names(path: Path, what: str, found: list[str], expected: list[str]) -> None:

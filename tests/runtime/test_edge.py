@@ -243,6 +243,6 @@ def test_prompts_may_hold_padding_ids_that_are_never_chosen(edge):
 
 def test_a_prompt_read_in_parts_says_the_same(edge, prompts, monkeypatch):
     whole = edge.generate(prompts, GREEDY, end_ids=())
-    monkeypatch.setattr("gptopt.runtime.edge._SCORES_AT_ONCE", 1)
-    monkeypatch.setattr("gptopt.runtime.edge._SHORTEST_PART", 4)
+    monkeypatch.setattr("gptopt.runtime.cache.SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("gptopt.runtime.cache.SHORTEST_PART", 4)
     assert edge.generate(prompts, GREEDY, end_ids=()) == whole

@@ -1,0 +1,245 @@
+"""One buffer for the whole cache, bound as past and as present: the graph writes it in place.
+
+The binding is made once. A token then costs a few small arrays and one call; nothing is copied, and
+no loop runs over the layers. A row that reads several tokens behind what it holds runs alone, on
+its own part of the buffer: GroupQueryAttention refuses a batch there, and so each row also reads
+exactly its own tokens, however ragged the batch.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gptopt.runtime import cache as limits
+from gptopt.runtime.cache import Bools, Cache, Floats, Identify, Ints
+from gptopt.runtime.generation import positions
+from gptopt.runtime.session import KEEP, Session
+
+_TOGETHER = 2048  # tokens of a batch that are read at once, for the sake of activations' memory
+
+
+class SharedCache(Cache):
+    """Keys and values (2L, B, K, M, D) of all layers, M = capacity.
+
+    Where the file takes padding on the right only, token t of a row lies at place t, whatever the
+    other rows hold. Otherwise all rows share their columns, with padding where a row has no token.
+    """
+
+    def __init__(self, session: Session, rows: int, capacity: int, identify: Identify) -> None:
+        super().__init__(session, rows, capacity, identify)
+        K, D = session.cache_shape
+        self.packed = session.file.padding == "right"
+        self._buffer, self._address = session.zeros((len(session.past), rows, K, capacity, D))
+        itemsize = np.dtype(session.cache_dtype).itemsize
+        self._row_bytes = K * capacity * D * itemsize
+        self._bindings: dict[tuple[int, int], _Bound] = {}
+        self._places = np.arange(capacity, dtype=np.int64)
+        self._every = np.arange(rows)
+        self._flat = np.zeros(rows * capacity, dtype=np.int64)  # the mask as it is fed
+        self._one_id = np.zeros((rows, 1), dtype=np.int64)
+        self._one_position = np.zeros((rows, 1), dtype=np.int64)
+        self._scores = np.zeros((rows, 1, session.vocab_size), session.logits_dtype)
+
+    def step(self, ids: Ints, live: Bools) -> Floats:
+        """See Cache.step. No array of the cache's size, or the scores', is made or copied."""
+        if self.packed:
+            S = self._place_right(ids, live)
+        else:
+            if self._columns >= self.capacity:
+                self._check([[0]] * self.rows, self._columns + 1)
+            S = self._columns + 1
+            self._ids[:, S - 1] = ids
+            self._mask[:, S - 1] = live
+            self._flat[: self.rows * S].reshape(self.rows, S)[:] = self._mask[:, :S]
+            self._columns = S
+        self._one_id[:, 0] = ids
+        np.minimum(self._lengths, self.capacity - 1, out=self._one_position[:, 0])
+        self._lengths += live
+        bound = self._bound(0, self.rows)
+        bound.feed("input_ids", self._one_id)
+        bound.feed("position_ids", self._one_position)
+        bound.feed("attention_mask", self._flat[: self.rows * S].reshape(self.rows, S))
+        bound.scores(self._scores)
+        bound.run()
+        return self._scores[:, 0].astype(np.float32, copy=False)
+
+    def _place_right(self, ids: Ints, live: Bools) -> int:
+        """Note the tokens at the end of each row, and fill the mask; its columns.
+
+        The graph writes a row's new key and value at its first free place, also where the row takes
+        no part: there it is overwritten later, or, in a full row, it costs the last token.
+        """
+        if self._columns >= self.capacity and (self._lengths[live] >= self.capacity).any():
+            self._check([[0]] * self.rows, self._columns + 1)
+        place = np.minimum(self._lengths, self.capacity - 1)
+        self._lengths = np.where(live, self._lengths, place)
+        self._mask[self._every, place] = live
+        self._ids[self._every, place] = ids
+        S = int(place.max()) + 1
+        fed = self._flat[: self.rows * S].reshape(self.rows, S)
+        np.less_equal(self._places[:S], place[:, None], out=fed, casting="unsafe")
+        self._columns = max(int((place + live).max()), 0)
+        return S
+
+    def read(self, texts: Sequence[Sequence[int]]) -> Floats:
+        """See Cache.read."""
+        lengths = np.array([len(text) for text in texts])
+        longest = int(lengths.max(initial=0))
+        end = (
+            int((self._lengths + lengths).max(initial=0))
+            if self.packed and len(lengths) == self.rows
+            else self._columns + longest
+        )
+        self._check(texts, end)
+        ragged = bool((lengths != longest).any())
+        if self.rows == 1 or self._columns or self._apart(longest, ragged):
+            return self._read_rows(texts, longest)
+        return self._read_together(texts, longest, ragged)
+
+    def _apart(self, longest: int, ragged: bool) -> bool:
+        """Whether the rows of a first text had better be read one by one."""
+        cells = self.rows * longest
+        if cells > _TOGETHER:
+            return True
+        if ragged and self.packed:  # each row's last token lies elsewhere: all scores are needed
+            return self.session.file.scores == "last" or self._too_many(cells)
+        return not self._only_last and self._too_many(cells)
+
+    @property
+    def _only_last(self) -> bool:
+        return self.session.keeps or self.session.file.scores == "last"
+
+    def _too_many(self, tokens: int) -> bool:
+        return tokens * self.session.vocab_size > limits.SCORES_AT_ONCE
+
+    def _read_together(self, texts: Sequence[Sequence[int]], longest: int, ragged: bool) -> Floats:
+        ids = np.zeros((self.rows, longest), dtype=np.int64)
+        real = np.zeros((self.rows, longest), dtype=np.int64)
+        for row, text in enumerate(texts):
+            start = 0 if self.packed else longest - len(text)
+            ids[row, start : start + len(text)] = text
+            real[row, start : start + len(text)] = 1
+        last = not (ragged and self.packed)
+        order = positions(real.astype(np.bool_), longest)
+        scores = self._feed(0, self.rows, ids, real, order, last)
+        self._ids[:, :longest], self._mask[:, :longest] = ids, real
+        self._columns = longest
+        self._lengths[:] = real.sum(axis=1)
+        ends = self._lengths - 1 if self.packed and not last else -1
+        return scores[self._every, ends]
+
+    def _read_rows(self, texts: Sequence[Sequence[int]], longest: int) -> Floats:
+        scores = np.zeros((self.rows, self.session.vocab_size), np.float32)
+        before = self._columns
+        for row, text in enumerate(texts):
+            end = before + longest
+            if self.packed:
+                end = int(self._lengths[row]) + len(text)
+            self._ids[row, end - len(text) : end] = text
+            self._mask[row, end - len(text) : end] = 1
+            scores[row] = self._read_row(row, end - len(text), end)
+            self._columns = max(self._columns, end)
+            self._lengths[row] += len(text)
+        return scores
+
+    def _read_row(self, row: int, begin: int, end: int) -> Floats:
+        """Let the graph read the row's tokens at places begin .. end; scores (V,) of the last."""
+        step = _TOGETHER
+        if not self._only_last:
+            step = max(limits.SHORTEST_PART, limits.SCORES_AT_ONCE // self.session.vocab_size)
+        done = int(self._lengths[row])
+        for start in range(begin, end, step):
+            stop = min(start + step, end)
+            order = np.arange(done, done + stop - start, dtype=np.int64)[None]
+            ids, mask = self._ids[row : row + 1, start:stop], self._mask[row : row + 1, :stop]
+            scores = self._feed(row, 1, ids, mask, order, last=True)
+            done += stop - start
+        return scores[0, -1]
+
+    def _feed(self, row: int, rows: int, ids: Ints, mask: Ints, order: Ints, last: bool) -> Floats:
+        """Run on some rows' part of the buffer: scores (rows, T or 1, V) float32."""
+        T = ids.shape[1]
+        only = self.session.file.scores == "last" or (last and self.session.keeps)
+        shape = (rows, 1 if only else T, self.session.vocab_size)
+        scores = np.empty(shape, self.session.logits_dtype)
+        held = [np.ascontiguousarray(array, np.int64) for array in (ids, mask, order)]
+        bound = self._bound(row, rows)
+        for name, array in zip(_NAMES, held, strict=True):
+            bound.feed(name, array)
+        bound.keep(1 if only and self.session.keeps else 0)
+        bound.scores(scores)
+        bound.run()
+        return scores.astype(np.float32, copy=False)
+
+    def _bound(self, row: int, rows: int) -> "_Bound":
+        if (row, rows) not in self._bindings:
+            self._bindings[row, rows] = _Bound(
+                self.session,
+                self._addresses(row),
+                (rows, self.session.cache_shape[0], self.capacity, self.session.cache_shape[1]),
+            )
+        return self._bindings[row, rows]
+
+    def _addresses(self, row: int) -> list[int]:
+        layer = self.rows * self._row_bytes
+        parts = range(len(self.session.past))
+        return [self._address + part * layer + row * self._row_bytes for part in parts]
+
+    def _empty(self, rows: int) -> Self:
+        return type(self)(self.session, rows, self.capacity, self.identify)
+
+    def _parts(self, rows: list[int]) -> list[npt.NDArray[Any]]:
+        array = self._buffer if isinstance(self._buffer, np.ndarray) else self._buffer.numpy()
+        return [part[rows, :, : self._columns] for part in array]
+
+    def _take(self, parts: Sequence[npt.NDArray[Any]]) -> None:
+        on_cpu = isinstance(self._buffer, np.ndarray)
+        array = self._buffer if on_cpu else self._buffer.numpy()
+        for part, value in zip(array, parts, strict=True):
+            part[:, :, : self._columns] = value
+        if not on_cpu:
+            self._buffer.update_inplace(array)
+
+
+_NAMES = ("input_ids", "attention_mask", "position_ids")
+
+
+class _Bound:
+    """A binding in which the cache stays and only small inputs change."""
+
+    def __init__(self, session: Session, addresses: list[int], shape: tuple[int, ...]) -> None:
+        self._session = session
+        self._binding = session.new_binding()
+        self._fixed: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._kept = 0
+        dtype, device = session.cache_dtype, session.device
+        for past, present, address in zip(session.past, session.present, addresses, strict=True):
+            self._binding.bind_input(past, device, 0, dtype, shape, address)
+            self._binding.bind_output(present, device, 0, dtype, shape, address)
+
+    def feed(self, name: str, array: Ints) -> None:
+        """Bind an array that outlives the run. Its values may change while it stays bound."""
+        place = (array.ctypes.data, array.shape)
+        # On the CPU the graph reads where the array lies; elsewhere binding it makes the copy.
+        if self._session.device != "cpu" or self._fixed.get(name) != place:
+            self._binding.bind_input(name, "cpu", 0, np.int64, array.shape, place[0])
+            self._fixed[name] = place
+
+    def keep(self, count: int) -> None:
+        """Ask for the scores of the last positions only, where the graph offers it; 0: of all."""
+        if self._session.keeps and count != self._kept:
+            self._kept = count
+            self._binding.bind_ortvalue_input(KEEP, self._session.kept(count))
+
+    def scores(self, array: Floats) -> None:
+        """Where the scores go."""
+        place = (array.ctypes.data, array.shape)
+        if self._fixed.get("logits") != place:
+            self._binding.bind_output("logits", "cpu", 0, array.dtype, array.shape, place[0])
+            self._fixed["logits"] = place
+
+    def run(self) -> None:
+        """Run what is bound."""
+        self._session.execute(self._binding)

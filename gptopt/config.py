@@ -255,12 +255,18 @@ class RunOptions(SamplingOptions):
     """Continue a prompt with an exported folder: onnxruntime, no PyTorch."""
 
     folder: str = Field(description="exported folder")
-    prompt: list[str] = Field(description="text to continue")
+    prompt: list[str] = Field(default_factory=list, description="text to continue")
     context: Literal["error", "slide"] = Field(
         "error", description="at the context edge: stop with an error, or drop the oldest tokens"
     )
     provider: str = Field("cpu", description="onnxruntime execution provider, such as cpu or cuda")
-    threads: int = Field(0, ge=0, description="threads of onnxruntime (0: physical cores)")
+    precision: str = Field("auto", description="which file runs, such as q4 (auto: the first)")
+    threads: int = Field(
+        0, ge=0, description="threads of onnxruntime (0: as tuned, else one per core)"
+    )
+    tune: bool = Field(
+        False, description="measure which threads are fastest here, and keep it for this machine"
+    )
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
 

@@ -30,22 +30,44 @@ class Completer(Protocol):
 
 
 def run(options: RunOptions) -> dict[str, Any]:
-    """Continue the prompts in onnxruntime.
+    """Continue the prompts in onnxruntime; with --tune, measure its threads first.
 
     Returns:
-        What `continue_prompts` returns, with `provider`, the provider that ran.
+        What `continue_prompts` returns, with `provider` and `precision`, what ran; with --tune
+        also `tuning` (gptopt.runtime.tune.Tuning), alone where there is no prompt.
 
     Raises:
-        UserError: no exported folder, the provider is not available, or the prompt does not fit.
+        UserError: no exported folder, it or this machine has not what was asked for, or the prompt
+            does not fit.
         CheckFailed: the folder was changed since its export.
     """
     from gptopt.runtime.edge import EdgeModel
 
-    model = EdgeModel(Path(options.folder), provider=options.provider, threads=options.threads)
+    tuning = _tune(options) if options.tune else {}
+    if tuning and not options.prompt:
+        return tuning
+    model = EdgeModel(
+        Path(options.folder),
+        precision=options.precision,
+        provider=options.provider,
+        threads=options.threads,
+    )
     if model.tokenizer is None:
         raise UserError(f"{options.folder}: was exported without a tokenizer, so it reads no text")
-    where = {"provider": model.provider}
-    return continue_prompts(model.complete, model.tokenizer, options, where)
+    where = {"provider": model.provider, "precision": model.precision}
+    return {**continue_prompts(model.complete, model.tokenizer, options, where), **tuning}
+
+
+def _tune(options: RunOptions) -> dict[str, Any]:
+    from gptopt.runtime.tune import tune
+
+    if options.threads:
+        raise UserError("--threads: --tune finds the number itself; leave one of them out")
+    found = tune(Path(options.folder), precision=options.precision, provider=options.provider)
+    if not options.json_output and not options.prompt:
+        chosen, kept = found.settings, "" if found.kept else " (not kept)"
+        say(f"{chosen.threads} threads, spinning {chosen.spinning}{kept}")
+    return {"tuning": found.as_dict()}
 
 
 def continue_prompts(

@@ -70,7 +70,7 @@ def test_speed_is_told_on_a_terminal(pristine, capsys, caplog, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     caplog.set_level("INFO", "gptopt")
     run(options(pristine))
-    assert "cpu: first token after " in caplog.text
+    assert "cpu fp32: first token after " in caplog.text
     assert "tokens/s" in caplog.text
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptopt.config import ModelConfig
-from gptopt.kernels import attention, ffn, layernorm, rotary
+from gptopt.kernels import attention, attention_decode, ffn, layernorm, rotary
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ class Shared(NamedTuple):
     cos: Tensor | None  # (B | 1, T, D / 2) fp32
     sin: Tensor | None
     alibi_slopes: Tensor | None  # (H,) fp32
+    lengths: Tensor | None = None  # (B,) int tokens in each row of a StaticCache, if past is one
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -120,13 +121,21 @@ class Attention(nn.Module):
             q, k = rotary(
                 q, k, shared.cos, shared.sin, interleaved=self.interleaved, impl=self.impl
             )
-        out, present, _ = attention(
-            q, k, v,
-            past=past, key_mask=shared.key_mask, doc_ids=shared.doc_ids, causal=self.causal,
-            window=self.window, softcap=self.softcap, alibi_slopes=shared.alibi_slopes,
-            dropout_p=self.dropout if seed is not None else 0.0, seed=seed,
-            need_lse=False, impl=self.impl,
-        )  # fmt: skip
+        if shared.lengths is not None and past is not None:
+            present = past  # written in place
+            out = attention_decode(
+                q, k, v, past, shared.lengths,
+                window=self.window, softcap=self.softcap, alibi_slopes=shared.alibi_slopes,
+                impl=self.impl,
+            )  # fmt: skip
+        else:
+            out, present, _ = attention(
+                q, k, v,
+                past=past, key_mask=shared.key_mask, doc_ids=shared.doc_ids, causal=self.causal,
+                window=self.window, softcap=self.softcap, alibi_slopes=shared.alibi_slopes,
+                dropout_p=self.dropout if seed is not None else 0.0, seed=seed,
+                need_lse=False, impl=self.impl,
+            )  # fmt: skip
         out = out.transpose(1, 2).reshape(B, T, self.widths[0])
         return self.proj(out), present
 

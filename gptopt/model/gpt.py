@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptopt.config import ModelConfig
-from gptopt.kernels import cross_entropy, dropout
+from gptopt.kernels import StaticCache, cross_entropy, dropout
 from gptopt.model.block import (
     SEEDS_PER_BLOCK,
     Block,
@@ -111,7 +111,7 @@ class GPT(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         doc_ids: Tensor | None = None,
-        past: Sequence[Cache] | None = None,
+        past: Sequence[Cache] | StaticCache | None = None,
         use_cache: bool = False,
         logits_to_keep: int = 0,
         seed: Tensor | None = None,
@@ -129,7 +129,9 @@ class GPT(nn.Module):
             position_ids: (B, T) int64. Without them real tokens are counted from 0, so padding on
                 either side shifts nothing; without a mask they are P .. P + T - 1.
             doc_ids: (B, S) int, attention stays within equal ids.
-            past: per layer the keys and values of P earlier tokens, each (B, K, P, D).
+            past: per layer the keys and values of P earlier tokens, each (B, K, P, D). Or a
+                StaticCache, for generation: it is written in place behind each row's own tokens,
+                and counting them (StaticCache.advance) is the caller's.
             use_cache: return `present`, the `past` of the next call.
             logits_to_keep: logits of the last so many positions only; 0 is all.
             seed: () int64 for dropout; without one it is drawn from torch's CPU generator.
@@ -140,11 +142,14 @@ class GPT(nn.Module):
         Raises:
             ValueError: a shape does not fit, or a position lies beyond block_size.
         """
-        P = past[0][0].shape[2] if past is not None else 0
+        lengths = past.lengths if isinstance(past, StaticCache) else None
+        P = 0 if past is None or lengths is not None else past[0][0].shape[2]
         key_mask = None if attention_mask is None else attention_mask.bool()
         if not torch.compiler.is_exporting():
             self._check_inputs(ids, key_mask, past, use_cache, P)
-        shared, positions = self._shared(ids, key_mask, position_ids, doc_ids, P)
+            if isinstance(past, StaticCache):
+                self._check_static(past, key_mask, doc_ids, use_cache)
+        shared, positions = self._shared(ids, key_mask, position_ids, doc_ids, P, lengths)
         seeds = self._seeds(seed, ids.device)
 
         x = self._embed(ids, positions, seeds[0])
@@ -174,6 +179,7 @@ class GPT(nn.Module):
         position_ids: Tensor | None,
         doc_ids: Tensor | None,
         P: int,
+        lengths: Tensor | None,
     ) -> tuple[Shared, Tensor | None]:
         """What all blocks read, and the position ids (B | 1, T) where this model needs any."""
         positions = cos = sin = slopes = None
@@ -186,11 +192,12 @@ class GPT(nn.Module):
                 positions = count_positions(key_mask, P)
             else:
                 positions = torch.arange(P, P + ids.shape[1], device=ids.device)[None]
+                positions = positions if lengths is None else positions + lengths[:, None]
             if self.position == "rotary":
                 cos, sin = rotary_tables(positions, self.head_dim, self.rotary_base)
             else:
                 self._check_positions(positions, P + ids.shape[1], position_ids is not None)
-        return Shared(key_mask, doc_ids, cos, sin, slopes), positions
+        return Shared(key_mask, doc_ids, cos, sin, slopes, lengths), positions
 
     def _embed(self, ids: Tensor, positions: Tensor | None, seed: Tensor | None) -> Tensor:
         """Token vectors with what learned or sinusoidal positions add: (B, T, C)."""
@@ -260,7 +267,7 @@ class GPT(nn.Module):
         self,
         ids: Tensor,
         key_mask: Tensor | None,
-        past: Sequence[Cache] | None,
+        past: Sequence[Cache] | StaticCache | None,
         use_cache: bool,
         P: int,
     ) -> None:
@@ -277,6 +284,23 @@ class GPT(nn.Module):
             raise ValueError(
                 f"attention_mask: expected shape (B, P + T) = {expected}, "
                 f"found {tuple(key_mask.shape)}"
+            )
+
+    def _check_static(
+        self,
+        cache: StaticCache,
+        key_mask: Tensor | None,
+        doc_ids: Tensor | None,
+        use_cache: bool,
+    ) -> None:
+        if key_mask is not None or doc_ids is not None or use_cache:
+            raise ValueError(
+                "a StaticCache goes without attention_mask, doc_ids and use_cache: its rows have no"
+                " padding, and it is written in place"
+            )
+        if cache.max_tokens > self.block_size:
+            raise ValueError(
+                f"past: rows of {cache.max_tokens} tokens are beyond block_size={self.block_size}"
             )
 
     def _check_positions(self, positions: Tensor, S: int, given: bool) -> None:

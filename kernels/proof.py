@@ -89,7 +89,7 @@ def prove(operator: str, device: torch.device) -> ProofResult:
 def recall(operator: str, device: torch.device) -> ProofResult | None:
     """The result that an earlier proof left for this machine, if any."""
     if (operator, device) not in _remembered:
-        result = _read(_stamp(device)).get(operator)
+        result = _read(device).get(operator)
         if result is None:
             return None
         _remembered[operator, device] = result
@@ -100,7 +100,7 @@ def remember(result: ProofResult, device: torch.device) -> None:
     """Keep a result, in this process and in the stamp of this machine."""
     _remembered[result.operator, device] = result
     path = _stamp(device)
-    results = {**_read(path), result.operator: result}
+    results = {**_read(device), result.operator: result}
     text = {
         "machine": machine(device),
         "operators": {name: asdict(found) for name, found in results.items()},
@@ -158,16 +158,27 @@ def _stamp(device: torch.device) -> Path:
     return cache_folder() / "proofs" / f"{machine(device)['arch']}-{key[:20]}.json"
 
 
-def _read(path: Path) -> dict[str, ProofResult]:
-    """The results in a stamp; none where it is missing, unreadable or not a stamp."""
+def _read(device: torch.device) -> dict[str, ProofResult]:
+    """The results in the stamp of this machine; none where it is missing, unreadable or broken."""
+    path = _stamp(device)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["operators"]
-        return {name: ProofResult(**result) for name, result in found.items()}
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+        if stamp["machine"] != machine(device):
+            raise ValueError("it is of another machine")
+        return {name: _result(name, found) for name, found in stamp["operators"].items()}
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _log.info("%s is not a proof stamp (%s): proving again", path, error)
         return {}
+
+
+def _result(name: str, found: dict[str, Any]) -> ProofResult:
+    """An entry of a stamp: what is not plainly a result proves nothing."""
+    result = ProofResult(**found)
+    if result.operator != name or type(result.passed) is not bool:
+        raise ValueError(f"{name} is no result")
+    return result
 
 
 def _write(path: Path, text: str) -> None:

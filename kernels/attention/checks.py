@@ -21,6 +21,8 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4:
         raise wrong("q", shape(q), "(B, H, T, D)")
     B, H, T, D = q.shape
+    if D == 0:
+        raise wrong("q", shape(q), "(B, H, T, D) with D of at least 1")
     if k.ndim != 4 or k.shape[0] != B or k.shape[2:] != q.shape[2:]:
         raise wrong("k", shape(k), f"(B, K, T, D) = ({B}, K, {T}, {D}) as q")
     K = k.shape[1]

@@ -71,7 +71,7 @@ print(json.dumps((out.long() %% 2**32).tolist()))
 
 
 def test_numbers_are_those_of_triton(tmp_path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     seeds = [2**40 + 12345, -7]
     offsets = [0, 1, 2, 12345, 2**31 - 1, 2**31, 2**32 - 1, 2**40 + 3]
     program = tmp_path / "program.py"

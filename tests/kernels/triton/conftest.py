@@ -8,13 +8,21 @@ Triton decides when it is imported whether it interprets, so this folder has a p
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gptopt.kernels import attention, attention_decode, cross_entropy, ffn, layernorm, rotary
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or os.environ.get("GPTOPT_TEST_GPU") == "1" else ["*"]
+
+if INTERPRETED and torch.cuda.is_available():
+    collect_ignore = ["test_gpu.py"]
 
 Results = tuple[Tensor, ...]
 
@@ -23,6 +31,16 @@ Results = tuple[Tensor, ...]
 def device() -> torch.device:
     """Where the kernels under test run: the CPU where they are interpreted."""
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _context() -> None:
+    """The thread of backward passes has a CUDA context: cuBLAS warns where it is the first to ask.
+
+    Warnings are errors here.
+    """
+    if not INTERPRETED:
+        torch.ones(2, device="cuda", requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +138,91 @@ def check() -> Callable[..., None]:
             assert error <= budget, f"result {i}: error {error}, budget {budget}"
 
     return compare
+
+
+@dataclass
+class Call:
+    """One call of an operator as a model makes it: `function(impl)` takes the leaves."""
+
+    operator: str
+    leaves: list[Tensor]
+    function: Callable[[str], Callable[..., Results]]
+    cache: tuple[Tensor, ...] = ()
+
+
+@pytest.fixture
+def operators(device) -> Callable[..., dict[str, Call]]:
+    """operators(T, dtype): a call of each operator on T tokens, the same every time."""
+
+    def make(T: int = 5, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+        return _calls(T, device, dtype)
+
+    return make
+
+
+def _calls(T: int, device: torch.device, dtype: torch.dtype) -> dict[str, Call]:
+    generator = torch.Generator().manual_seed(3)
+    B, H, K, D, F, V = 2, 4, 2, 16, 40, 50
+    C = H * D
+
+    def leaf(*shape: int) -> Tensor:
+        x = torch.randn(shape, generator=generator) / 2
+        return x.to(device, dtype).requires_grad_()
+
+    def heads(fused: Tensor) -> list[Tensor]:
+        parts = fused.split((H * D, K * D, K * D), dim=-1)
+        return [x.unflatten(-1, (-1, D)).transpose(1, 2) for x in parts]
+
+    fused = B, T, (H + 2 * K) * D
+    seed = torch.tensor(2**40 + 9, device=device)
+    real = torch.ones(B, T, dtype=torch.bool, device=device)
+    real[0, : T // 3] = False
+    everything = {
+        "key_mask": real,
+        "doc_ids": (torch.arange(B * T, device=device) // (T // 2 + 1)).view(B, T),
+        "alibi_slopes": torch.tensor([0.5, 0.25, 0.125, 1.0], device=device),
+        "dropout_p": 0.2,
+        "seed": seed,
+        "window": T // 2 + 1,
+        "softcap": 3.0,
+    }
+    angle = torch.randn(1, T, D // 2, generator=generator).to(device)
+    targets = torch.randint(0, V, (B, T), generator=generator).to(device)
+    targets[0, 0] = -100
+    cache = (torch.zeros(B, K, 3 * T, D), torch.zeros(B, K, 3 * T, D))
+    cache = tuple(x.to(device, dtype) for x in cache)
+    filled = torch.tensor([2 * T, 1], device=device)
+
+    def attend(impl: str, **options: Any) -> Callable[..., Results]:
+        def call(x: Tensor) -> Results:
+            found = attention(*heads(x), impl=impl, **options)
+            return found.out, found.lse
+
+        return call
+
+    def norm(impl: str) -> Callable[..., Results]:
+        options = {"dropout_p": 0.2, "seed": seed, "impl": impl}
+        return lambda x, w, b, r: layernorm(x, w, b, r, **options)
+
+    def feed(impl: str) -> Callable[..., Results]:
+        return lambda x, w, b, g: (ffn(x, w, b, activation="swiglu", gate_weight=g, impl=impl),)
+
+    def loss(impl: str) -> Callable[..., Results]:
+        options = {"z_loss": 1e-3, "label_smoothing": 0.1, "impl": impl}
+        return lambda x, w: (cross_entropy(x, w, targets, **options),)
+
+    def turn(impl: str) -> Callable[..., Results]:
+        return lambda x: rotary(*heads(x)[:2], angle.cos(), angle.sin(), impl=impl)
+
+    def decode(impl: str) -> Callable[..., Results]:
+        return lambda x: (attention_decode(*heads(x), cache, filled, impl=impl),)
+
+    return {
+        "attention": Call("attention", [leaf(*fused)], attend),
+        "attention with all": Call("attention", [leaf(*fused)], partial(attend, **everything)),
+        "layernorm": Call("layernorm", [leaf(B, T, C), leaf(C), leaf(C), leaf(B, T, C)], norm),
+        "ffn": Call("ffn", [leaf(B, T, C), leaf(F, C), leaf(F), leaf(F, C)], feed),
+        "cross_entropy": Call("cross_entropy", [leaf(B, T, C), leaf(V, C)], loss),
+        "rotary": Call("rotary", [leaf(*fused)], turn),
+        "attention_decode": Call("attention_decode", [leaf(*fused).detach()], decode, cache),
+    }

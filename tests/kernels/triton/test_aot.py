@@ -80,7 +80,7 @@ def test_problems_are_named():
     assert aot._problem(facts, "sm_90") == ""
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="this process compiles")
+@pytest.mark.skipif(not INTERPRETED, reason="only where triton interprets")
 def test_a_process_that_interprets_says_that_it_cannot_compile():
     with pytest.raises(RuntimeError, match="unset it and start again"):
         aot.compile_all(["sm_90"], ["rotary"])

@@ -92,7 +92,7 @@ def test_the_same_bits_every_time_and_int32_lengths(device):
 
 def test_a_full_row_is_an_error_and_writes_nothing(device):
     if device.type != "cpu":
-        pytest.skip("on a GPU a device-side assertion, after which no test can run")
+        pytest.skip("only where triton interprets")  # elsewhere no kernel runs after it
     q, k, v, cache = filled(2, 2, 16, 12, (11, 0), FP32, device)
     before = cache[1][0].clone()
     with pytest.raises(IndexError, match="cache of 12"):

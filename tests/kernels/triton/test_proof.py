@@ -1,12 +1,13 @@
 """The proof and its stamp: right kernels are used, wrong ones are not, and it runs once."""
 
+import importlib
 import json
 import logging
 
 import pytest
 import torch
 
-from gptopt.kernels import layernorm, library, proof, proof_cases, select
+from gptopt.kernels import layernorm, library, proof, select
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def proving(cache, monkeypatch):
 @pytest.fixture
 def wrong_kernel(monkeypatch):
     """The launchers of layernorm with a result that is a little too large."""
-    module = pytest.importorskip("gptopt.kernels.layernorm.triton")
+    module = importlib.import_module("gptopt.kernels.layernorm.triton")
     launch = module.launch
 
     def spoiled(kernel, grid, x, *arguments, **options):
@@ -39,14 +40,6 @@ def wrong_kernel(monkeypatch):
     monkeypatch.setattr(module, "launch", spoiled)
 
 
-@pytest.mark.parametrize("operator", ["layernorm", "rotary"])
-def test_right_kernels_pass_every_case(device, operator):
-    result = proof.prove(operator, device)
-    assert result.passed, result.reason
-    assert 0.0 < result.worst <= 1.0
-    assert result.cases == len(list(proof_cases.cases(operator, device)))
-
-
 def test_a_wrong_kernel_fails_with_the_reason(device, wrong_kernel):
     result = proof.prove("layernorm", device)
     assert not result.passed
@@ -55,7 +48,7 @@ def test_a_wrong_kernel_fails_with_the_reason(device, wrong_kernel):
 
 
 def test_a_kernel_that_raises_fails_with_the_reason(device, monkeypatch):
-    module = pytest.importorskip("gptopt.kernels.layernorm.triton")
+    module = importlib.import_module("gptopt.kernels.layernorm.triton")
 
     def broken(*_, **__):
         raise RuntimeError("no such instruction")

@@ -13,9 +13,10 @@ Launch configurations are data, `kernels/configs/<op>.json`:
      "kernels": {"fwd": [{"arch": "sm_90", "dtype": "bfloat16", "shape": "d64",
                           "sizes": {"BLOCK_M": 128}, "num_warps": 8, "num_stages": 3}, ...]}}
 
-The first entry that fits wins; "*" or an absent key fits all. Architectures are sm_80, sm_90,
-sm_100, ..., gfx942 and "interpreter". The last entry of a kernel fits everything, so it has to
-stay within the smallest chip: 99 KiB of shared memory.
+The first entry that fits wins; an absent key fits all, and a shape fits a class that has all its
+words ("d64" fits "d64 masked"). Architectures are sm_80, sm_90, sm_100, ..., gfx942 and
+"interpreter". The last entry of a kernel fits everything, so it has to stay within the smallest
+chip: 99 KiB of shared memory.
 """
 
 import functools
@@ -102,6 +103,18 @@ def keep_linear(seed_ptr: tl.tensor, index: tl.tensor, threshold: tl.tensor) -> 
     return keep_mask(seed_ptr, low, high, low * 0, threshold)
 
 
+@jit
+def product(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> Any:
+    """`acc` (or None) plus a @ b, summed in float32.
+
+    Operands in float32 are read into registers whole, and the scheduler fetches those of the next
+    product early: two in flight spill (head size 256: 350 bytes a thread). The barrier parts them.
+    """
+    if a.dtype == tl.float32:
+        tl.debug_barrier()
+    return tl.dot(dot_operand(a), dot_operand(b), acc, input_precision="ieee")
+
+
 def dropout_threshold(p: float) -> int:
     """The smallest first Philox word that dropout with probability `p` keeps."""
     return round(p * 2**32)
@@ -125,7 +138,7 @@ class Config:
 
 
 @functools.cache
-def choose(kernel: str, arch: str, dtype: torch.dtype, shape_class: str = "*") -> Config:
+def choose(kernel: str, arch: str, dtype: torch.dtype, shape_class: str = "") -> Config:
     """The shipped configuration of `kernel`, "<op>.<kernel>" as in "attention.fwd".
 
     Raises:
@@ -134,9 +147,14 @@ def choose(kernel: str, arch: str, dtype: torch.dtype, shape_class: str = "*") -
     operator, _, name = kernel.partition(".")
     wanted = {"arch": arch, "dtype": str(dtype).removeprefix("torch."), "shape": shape_class}
     for entry in _table(operator)["kernels"][name]:
-        if all(entry.get(key, "*") in ("*", value) for key, value in wanted.items()):
+        if _fits(entry, wanted):
             return Config(entry.get("sizes", {}), entry["num_warps"], entry["num_stages"])
     raise KeyError(f"kernels/configs/{operator}.json: no entry of {name} fits {wanted}")
+
+
+def _fits(entry: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    known = all(entry.get(key, wanted[key]) == wanted[key] for key in ("arch", "dtype"))
+    return known and set(entry.get("shape", "").split()) <= set(wanted["shape"].split())
 
 
 @functools.cache

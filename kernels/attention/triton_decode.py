@@ -4,6 +4,8 @@ Each program appends or reads its part of one key head's row, for all query head
 and a second kernel joins the parts by their log-sum-exp.
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -32,7 +34,8 @@ MAX_SPLITS = 64
 _ASSERTING = {} if INTERPRETED else {"debug": True, "sanitize_overflow": False}
 
 
-@jit
+# One token is no kernel of its own: its loop unrolled spilled, and a cold start compiled twice.
+@partial(jit, do_not_specialize=["T"])
 def attention_decode_kernel(
     q: tl.tensor,  # (B, H, T, D)
     k: tl.tensor,  # (B, K, T, D)

@@ -374,8 +374,9 @@ def padded_dim(D: int) -> int:
 
 
 def shape_class(D: int, extra: str = "") -> str:
-    """The class of a call in the table of configurations: "d64", "d128 masked", "d256 rich".
+    """The class of a call in the table of configurations: "d64", "d128 padded masked", "d256 rich".
 
     extra: as `Masks.extra`, or "rich" with dropout.
     """
-    return f"d{max(64, padded_dim(D))} {extra}".strip()
+    dim = padded_dim(D)
+    return " ".join(filter(None, (f"d{max(64, dim)}", "" if dim == D else "padded", extra)))

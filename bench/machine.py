@@ -4,12 +4,14 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "onnxruntime", "onnx", "transformers", "numpy")
+_GPU_STATE = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,temperature.gpu"
 
 
 def stamp() -> dict[str, Any]:
@@ -22,6 +24,41 @@ def stamp() -> dict[str, Any]:
         "versions": dict(_versions(PACKAGES)),
         "commit": _commit(),
     }
+
+
+def gpu(index: int) -> dict[str, Any]:
+    """What the GPU is and how it stands: maker's name, memory, and nvidia-smi's figures if any."""
+    import torch
+
+    found = torch.cuda.get_device_properties(index)
+    return {
+        "name": found.name,
+        "arch": f"sm_{found.major}{found.minor}",
+        "memory_gib": round(found.total_memory / 2**30, 1),
+        "multiprocessors": found.multi_processor_count,
+        "l2_bytes": getattr(found, "L2_cache_size", None),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        **_gpu_state(index),
+    }
+
+
+def _gpu_state(index: int) -> dict[str, str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {}
+    try:
+        done = subprocess.run(
+            [program, f"--query-gpu={_GPU_STATE}", "--format=csv,noheader", f"--id={index}"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=30,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    values = done.stdout.strip().split(", ")
+    return dict(zip(_GPU_STATE.split(","), values, strict=False))
 
 
 def write(path: Path, result: dict[str, Any]) -> None:

@@ -27,5 +27,9 @@ VERBS = {
         "gptopt.export.verbs:validate", "ValidateOptions", "folder", extra="train,export"
     ),
     "run": Verb("gptopt.runtime.verbs:run", "RunOptions", "folder", extra="edge"),
+    "bench": Verb("gptopt.bench.verb:bench", "BenchOptions", "what", extra="train"),
+    "bench inference": Verb(
+        "gptopt.bench.inference:inference", "InferenceOptions", extra="train,export,bench"
+    ),
     "doctor": Verb("gptopt.doctor:doctor", "DoctorOptions"),
 }

@@ -1,0 +1,385 @@
+"""`gptopt bench training`: whole steps of GPT-2 124M, ours, plain PyTorch's and nanoGPT's.
+
+Every contender starts from the same weights and reads the same batches in the same order, so the
+losses of its first steps are held against those of float32 before its speed is told.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gptopt.bench.contenders import Unavailable
+from gptopt.bench.limits import Limits
+from gptopt.bench.records import Recorder, Row
+from gptopt.bench.timing import (
+    Spread,
+    TimeBudget,
+    balanced_orders,
+    device_is_lost,
+    free_memory,
+    reason,
+)
+from gptopt.config import PRESETS, BenchOptions, ModelConfig, TrainOptions
+from gptopt.data import Dataset, Sampler
+from gptopt.errors import CheckFailed
+from gptopt.model import GPT
+from gptopt.training.checkpoints import Checkpoints
+from gptopt.training.hardware import flops_per_token, synchronise
+from gptopt.training.optimiser import build_optimiser
+from gptopt.training.schedule import Schedule
+from gptopt.training.session import Session
+from gptopt.training.state import TrainState
+from gptopt.training.step import Stepper
+
+logger = logging.getLogger(__name__)
+
+OURS, OURS_COMPILED = "gptopt", "gptopt + torch.compile"
+REFERENCE, REFERENCE_COMPILED = "reference eager", "reference + torch.compile"
+NANOGPT, NANOGPT_EAGER = "nanoGPT + torch.compile", "nanoGPT"
+NAMES = (OURS, OURS_COMPILED, REFERENCE, REFERENCE_COMPILED, NANOGPT, NANOGPT_EAGER)
+
+CHECKED_STEPS = 3
+ROUNDS = 8
+_LR = 6e-4
+
+Step = Callable[[], Tensor]  # one optimiser step; its loss stays on the device
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all contenders train: shape, batch and how many steps a turn has."""
+
+    model: ModelConfig
+    batch_size: int
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one step."""
+        return self.batch_size * self.model.block_size
+
+
+def setting(device: torch.device) -> Setting:
+    """GPT-2 124M on a GPU, a toy elsewhere."""
+    if device.type == "cuda":
+        gpt2 = {**PRESETS["gpt2"]["model"], "vocab_size": 50304}
+        return Setting(ModelConfig.model_validate(gpt2), 32, 5)
+    toy = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=32, vocab_size=256)
+    return Setting(toy, 2, 2)
+
+
+def bench_training(
+    options: BenchOptions,
+    device: torch.device,
+    limits: Limits,
+    recorder: Recorder,
+    budget: TimeBudget,
+) -> None:
+    """Measure whole steps in balanced turns; a row per contender.
+
+    Raises:
+        CheckFailed: an error of a contender left the GPU unusable for this process.
+    """
+    chosen = setting(device)
+    exact = _losses(_own(chosen, device, torch.float32, "reference", compiled=False))
+    free_memory()
+    narrow = torch.bfloat16 if device.type == "cuda" else torch.float32
+    same = _losses(_own(chosen, device, narrow, "reference", compiled=False))
+    free_memory()
+    runners = []
+    for name, build in _contenders(chosen, device, narrow, options):
+        if options.contenders and name not in options.contenders:
+            continue
+        if budget.is_spent() and runners:
+            recorder.add({**_head(chosen, device, narrow, name), "error": "no time left"})
+            continue
+        logger.info("training: preparing %s", name)
+        try:
+            runners.append(_prepare(name, build, device, exact, same, narrow))
+        except Exception as error:
+            text = str(error) if isinstance(error, Unavailable) else reason(error)
+            logger.warning("training: %s: %s", name, text)
+            recorder.add({**_head(chosen, device, narrow, name), "error": text})
+            del error
+            free_memory()
+            if device_is_lost(device):
+                raise CheckFailed(
+                    f"training: {name} left {device} unusable for this process; start again"
+                    f" without it, with --contenders"
+                ) from None
+    _turns(runners, chosen, device, options.rounds or ROUNDS, budget)
+    rate = limits.flops_per_s.get(str(narrow).removeprefix("torch."))
+    flops = flops_per_token(GPT(chosen.model, kernels="reference"), chosen.model.block_size)
+    for runner in runners:
+        row = _head(chosen, device, narrow, runner.name)
+        recorder.add({**row, **_result(runner, chosen, flops, rate)})
+
+
+@dataclass
+class _Runner:
+    name: str
+    step: Step
+    peak_bytes: int | None
+    losses: list[float]
+    correct: bool
+    seconds: list[float]
+    error: str | None = None
+
+
+def _prepare(
+    name: str,
+    build: Callable[[], Step],
+    device: torch.device,
+    exact: list[float],
+    same: list[float],
+    dtype: torch.dtype,
+) -> _Runner:
+    """Build a contender, take its checked steps, and read its peak memory in two more."""
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    step = build()
+    losses = _losses(step)
+    correct = all(
+        abs(found - e) <= 2 * abs(s - e) + torch.finfo(dtype).eps * abs(e)
+        for found, e, s in zip(losses, exact, same, strict=True)
+    )
+    if not correct:
+        logger.warning("training: %s is wrong: losses %s, expected %s", name, losses, exact)
+    peak = None
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(), step()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+    return _Runner(name, step, peak, losses, correct, [])
+
+
+def _turns(
+    runners: list[_Runner], chosen: Setting, device: torch.device, rounds: int, budget: TimeBudget
+) -> None:
+    orders = balanced_orders(len(runners))
+    for turn in range(rounds if runners else 0):
+        if budget.is_spent() and turn >= 2:
+            return
+        for place in orders[turn % len(orders)]:
+            runner = runners[place]
+            if runner.error is not None:
+                continue
+            try:
+                runner.step()  # clocks and caches are this contender's again
+                synchronise(device)
+                started = time.perf_counter()
+                for _ in range(chosen.steps):
+                    runner.step()
+                synchronise(device)
+                runner.seconds.append((time.perf_counter() - started) / chosen.steps)
+            except Exception as error:
+                runner.error = reason(error)
+
+
+def _result(runner: _Runner, chosen: Setting, flops: float, rate: float | None) -> Row:
+    found: Row = {
+        "losses": runner.losses,
+        "correct": runner.correct,
+        "peak_bytes": runner.peak_bytes,
+    }
+    if runner.error is not None or not runner.seconds:
+        return {**found, "error": runner.error or "no turn was finished"}
+    spread = Spread.of([1e3 * seconds for seconds in runner.seconds])
+    per_second = chosen.tokens / statistics.median(runner.seconds)
+    mfu = flops * per_second / rate if rate else None
+    return {**found, "step": vars(spread), "tokens_per_s": per_second, "mfu": mfu}
+
+
+def _head(chosen: Setting, device: torch.device, dtype: torch.dtype, name: str) -> Row:
+    shape = chosen.model
+    return {
+        "case": f"{shape.n_layer} x {shape.n_embd}, T {shape.block_size}, B {chosen.batch_size}",
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": device.type,
+        "contender": name,
+    }
+
+
+def _losses(step: Step) -> list[float]:
+    """Losses of the first steps."""
+    losses = [step() for _ in range(CHECKED_STEPS)]
+    found = [float(loss) for loss in losses]
+    if not all(map(math.isfinite, found)):
+        raise ValueError(f"the losses of the first steps are {found}")
+    return found
+
+
+# --- contenders -----------------------------------------------------------------------------------
+
+
+def _contenders(
+    chosen: Setting, device: torch.device, dtype: torch.dtype, options: BenchOptions
+) -> list[tuple[str, Callable[[], Step]]]:
+    body: Body = "triton" if device.type == "cuda" else "reference"
+
+    def own(kernels: "Body", compiled: bool) -> Callable[[], Step]:
+        return lambda: _own(chosen, device, dtype, kernels, compiled=compiled)
+
+    every = [(OURS, own(body, False)), (REFERENCE, own("reference", False))]
+    if options.nanogpt is not None:
+        folder, compiles = Path(options.nanogpt), device.type == "cuda"
+        name = NANOGPT if compiles else NANOGPT_EAGER
+        every.append((name, lambda: _nanogpt(folder, chosen, device, dtype, compiles)))
+    if device.type == "cuda" or not options.quick:
+        every += [
+            (REFERENCE_COMPILED, own("reference", True)),
+            (OURS_COMPILED, own(body, True)),
+        ]
+    return every
+
+
+Body = Literal["reference", "triton"]
+
+
+class RandomTokens:
+    """Tokens to train on: what the loop asks of a data split, with nothing on disk."""
+
+    def __init__(self, count: int, vocab_size: int) -> None:
+        # A skewed distribution, so that there is something to learn in a few steps.
+        draws = np.random.default_rng(5).random(count) ** 3
+        self._ids = (draws * vocab_size).astype(np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def batch(self, offsets: npt.ArrayLike, block_size: int) -> npt.NDArray[np.int64]:
+        """Blocks of block_size + 1 tokens: (B, T + 1)."""
+        starts = np.asarray(offsets, dtype=np.int64)[:, None]
+        return self._ids[starts + np.arange(block_size + 1)]
+
+
+def _tokens(chosen: Setting) -> RandomTokens:
+    assert chosen.model.vocab_size is not None
+    return RandomTokens(64 * chosen.tokens, chosen.model.vocab_size)
+
+
+def _model(chosen: Setting, kernels: Any) -> GPT:
+    torch.manual_seed(7)
+    return GPT(chosen.model, kernels=kernels)
+
+
+def _own(
+    chosen: Setting, device: torch.device, dtype: torch.dtype, kernels: Body, *, compiled: bool
+) -> Step:
+    """The step of `gptopt train`: its own loop's, optimiser, clipping and data path included."""
+    options = TrainOptions(
+        inputs=["random tokens"], out="nowhere", kernels=kernels, device=str(device),
+        compile=compiled, steps=1_000_000, batch_size=chosen.batch_size, lr=_LR, min_lr=_LR,
+        warmup_steps=0, schedule="constant", model=chosen.model,
+    )  # fmt: skip
+    model = _model(chosen, kernels).to(device).train()
+    tokens = _tokens(chosen)
+    session = Session(
+        options=options,
+        out=Path("nowhere"),
+        device=device,
+        dtype=dtype,
+        dataset=cast(Dataset, SimpleNamespace(train=tokens)),
+        model=model,
+        optimiser=build_optimiser(model, options),
+        scaler=None,
+        sampler=Sampler(len(tokens), chosen.model.block_size, chosen.batch_size, options.seed),
+        dropout=torch.Generator().manual_seed(0),
+        schedule=Schedule(options),
+        state=TrainState(),
+        fixed={},
+        checkpoints=Checkpoints(Path("nowhere")),
+    )
+    stepper = Stepper(session)
+
+    def step() -> Tensor:
+        stepper.step(0.0)
+        (_, _, figures) = stepper._unread.pop()  # what settle would read, and wait for
+        return figures[0]
+
+    return step
+
+
+def _nanogpt(
+    folder: Path, chosen: Setting, device: torch.device, dtype: torch.dtype, compiles: bool
+) -> Step:
+    """nanoGPT's own model, optimiser and step, from our weights and on our batches."""
+    peer = _load_peer(folder)
+    shape = chosen.model
+    config = peer.GPTConfig(
+        block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
+        n_head=shape.n_head, n_embd=shape.n_embd, dropout=0.0, bias=True,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        model = peer.GPT(config)
+        model.load_state_dict(_peer_weights(_model(chosen, "reference")))
+        model.to(device)
+        optimiser = model.configure_optimizers(0.1, _LR, (0.9, 0.95), device.type)
+    forward = torch.compile(model) if compiles else model
+    tokens = _tokens(chosen)
+    sampler = Sampler(len(tokens), shape.block_size, chosen.batch_size, 1337)
+    precision = (
+        contextlib.nullcontext()
+        if dtype == torch.float32
+        else torch.autocast(device.type, dtype=dtype)
+    )
+
+    def step() -> Tensor:
+        block = torch.from_numpy(tokens.batch(sampler.next(), shape.block_size))
+        if device.type == "cuda":
+            block = block.pin_memory().to(device, non_blocking=True)
+        with precision:
+            _, loss = forward(block[:, :-1].contiguous(), block[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        found: Tensor = loss.detach()
+        return found
+
+    return step
+
+
+def _load_peer(folder: Path) -> Any:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
+    if spec is None or spec.loader is None:
+        raise Unavailable(f"{folder / 'model.py'} is not a Python module")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    return module
+
+
+_PEER_NAMES = {
+    "norm_1": "ln_1", "norm_2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
+    "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj",
+}  # fmt: skip
+
+
+def _peer_weights(model: GPT) -> dict[str, Tensor]:
+    """Our weights under nanoGPT's names; both keep linear weights as (out, in)."""
+    weights = {"lm_head.weight": model.wte.weight.detach()}
+    for name, parameter in model.named_parameters():
+        if name.startswith("blocks."):
+            _, layer, rest = name.split(".", 2)
+            part, _, leaf = rest.rpartition(".")
+            theirs = f"transformer.h.{layer}.{_PEER_NAMES[part]}.{leaf}"
+        else:
+            theirs = "transformer." + name.replace("norm.", "ln_f.")
+        weights[theirs] = parameter.detach()
+    return weights

@@ -75,11 +75,12 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"gptopt {__version__}")
         return 0
-    name = arguments[0]
+    words = 2 if " ".join(arguments[:2]) in VERBS else 1
+    name = " ".join(arguments[:words])
     if name not in VERBS:
         raise UserError(f"{name!r} is not a verb{_hint(name, VERBS)}; see gptopt --help")
     verb = VERBS[name]
-    options = parse(name, arguments[1:])
+    options = parse(name, arguments[words:])
     with _named_extra(name, verb):
         module, _, attribute = verb.function.partition(":")
         function = getattr(importlib.import_module(module), attribute)
@@ -109,7 +110,7 @@ def _overview() -> str:
     config = importlib.import_module("gptopt.config")
     lines = ["usage: gptopt VERB [options]", "", "A GPT from text to the edge.", ""]
     for name, verb in VERBS.items():
-        lines.append(f"  {name:<10} {_first_sentence(getattr(config, verb.options))}")
+        lines.append(f"  {name:<16} {_first_sentence(getattr(config, verb.options))}")
     return "\n".join([*lines, "", "gptopt VERB --help lists a verb's options."])
 
 

@@ -1,0 +1,203 @@
+"""`gptopt bench inference`: turns, what is compared, medians and ratios. No runtime takes part."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gptopt.bench import inference as bench
+from gptopt.bench.inference_models import make_gpt2, write_tokenizer
+from gptopt.bench.inference_report import summarise, write_chart, write_table
+from gptopt.bench.processes import Worker, run_once, worker_command
+from gptopt.config import InferenceOptions
+from gptopt.errors import UserError
+
+pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="stops Linux processes")
+
+FAKE = """
+import json, sys, time
+name = sys.argv[1]
+if name == "broken":
+    print(json.dumps({"error": "ImportError: no such package"})); sys.exit()
+print(json.dumps({"version": name, "disk_bytes": 1000, "cache_bytes": 4, "import_s": 1.0,
+                  "load_s": 0.25, "peak_mib": 10.0}), flush=True)
+for line in sys.stdin:
+    c = json.loads(line)
+    if "memory" in c:
+        print(json.dumps({"peak_mib": 10.0}), flush=True); continue
+    if name == "mortal":
+        sys.exit()
+    token = 7 if name != "liar" else c["seed"]
+    made = [[token] * c["new"]] * c["rows"]
+    speed = 200.0 if name == "fast" else 100.0
+    print(json.dumps({"first_ms": 1e3 / speed, "tokens_per_s": speed, "made": made}
+                     if c["new"] > 1 else {"first_ms": 1e3 / speed, "made": made}), flush=True)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Contenders by name, each a process of FAKE."""
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE)
+    monkeypatch.setattr(
+        bench, "worker_command", lambda python, peer, model, variant: [
+            sys.executable, "-P", str(script), variant]
+    )  # fmt: skip
+    monkeypatch.setattr(bench, "wait_for_quiet", lambda *limits: None)
+    return lambda *names: [
+        bench.Contender(name, peer, "", tmp_path, variant) for name, peer, variant in names
+    ]
+
+
+def state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_worker_stands_still_between_its_turns(tmp_path):
+    script = tmp_path / "busy.py"
+    script.write_text(
+        "import json, sys, threading\n"
+        "def spin():\n"
+        "    while True: pass\n"
+        "threading.Thread(target=spin, daemon=True).start()\n"
+        "print(json.dumps({'ready': 1}), flush=True)\n"
+        "for line in sys.stdin: print(json.dumps({'heard': json.loads(line)}), flush=True)\n"
+    )
+    with Worker([sys.executable, "-P", str(script)], {}) as worker:
+        assert worker.hello == {"ready": 1}
+        pid = worker._process.pid
+        for turn in range(3):
+            assert worker.ask(turn=turn)["heard"] == {"turn": turn}
+            used = worker._own_s()
+            sum(range(3_000_000))
+            assert state(pid) in "Tt"
+            assert worker._own_s() == used
+    assert worker._process.poll() is not None
+    assert worker.ask(turn=9) == {"error": "the process is gone"}
+
+
+def test_a_worker_that_dies_is_an_error_and_no_hang():
+    with Worker([sys.executable, "-c", ""], {}) as worker:
+        assert "ended without an answer" in worker.hello["error"]
+
+
+def test_what_a_preparation_says_when_it_fails():
+    assert run_once([sys.executable, "-c", ""]) is None
+    said = 'print(\'{"error": "no torch"}\')'
+    assert run_once([sys.executable, "-c", said]) == "no torch"
+    assert "boom" in run_once([sys.executable, "-c", "raise SystemExit('boom')"])
+
+
+def test_the_real_worker_names_a_package_that_is_missing(tmp_path):
+    command = worker_command("", "llamacpp", tmp_path, "q4_0")
+    with Worker([*command, "--threads", "1"], {}) as worker:
+        assert worker.hello["error"].startswith("ModuleNotFoundError")
+
+
+def test_the_real_worker_measures_memory_bandwidth(tmp_path):
+    command = worker_command("", "bandwidth", tmp_path, "read")
+    with Worker([*command, "--threads", "1"], {"OPENBLAS_NUM_THREADS": "1"}) as worker:
+        answer = worker.ask(rows=1, tokens=4, new=2, seed=0, vocab=9)
+    assert 0.1 < answer["tokens_per_s"] < 2000  # GB/s
+    assert answer["peak_mib"] > 512
+
+
+def test_what_contenders_say_is_compared_with_pytorch(fake):
+    found = bench.compare(
+        fake(("b", "x", "liar"), ("c", "x", "slow"), ("d", "x", "broken"), ("e", "x", "mortal"),
+             ("torch float32", "torch_eager", "slow")),
+        1, 50,
+    )  # fmt: skip
+    rows = {row["contender"]: row for row in found}
+    assert rows["c"]["same"] == rows["c"]["tokens"] == 12
+    assert rows["c"]["greedy_prefix"] == 32
+    assert rows["b"]["same"] == 0
+    assert rows["b"]["greedy_prefix"] == 32  # its seed is 7, as the token of the others
+    assert rows["d"]["error"] == "ImportError: no such package"
+    assert "ended without an answer" in rows["e"]["error"]
+
+
+def test_a_race_gives_medians_ratios_and_files(fake, tmp_path, monkeypatch):
+    source = tmp_path / "model"
+    source.mkdir()
+    shape = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 50}
+    (source / "config.json").write_text(json.dumps(shape))
+    racing = fake(("torch float32", "torch_eager", "slow"), ("other", "x", "fast"))
+    monkeypatch.setattr(bench, "_contenders", lambda options, source: iter(racing))
+    options = InferenceOptions(
+        work=str(tmp_path), model=str(source), out=str(tmp_path / "out"), rounds=3,
+        anchor="torch float32", json=True,
+    )  # fmt: skip
+    found = bench.inference(options)
+    lines = {(line["workload"], line["contender"]): line for line in found["summary"]}
+    decode = lines["decode 32+128", "other"]
+    assert (decode["value"], decode["unit"], decode["samples"]) == (200.0, "tokens/s", 3)
+    assert decode["ratio"] == 2.0
+    assert lines["prefill 512", "other"]["ratio"] == 2.0  # milliseconds: half is twice as fast
+    assert lines[bench.LOAD, "other"]["value"] == 255.0
+    # 1000 bytes of weights, and 2 x 2 layers x 8 channels x 96 tokens x 4 bytes of cache.
+    probe = lines["decode 32+128", bench.PROBE]["value"]
+    assert decode["floor_share"] == pytest.approx(200 * (1000 + 2 * 2 * 8 * 96 * 4) / probe / 1e9)
+    rows = [json.loads(line) for line in Path(found["files"][0]).read_text().splitlines()]
+    assert rows[0]["anchor"] == "torch float32"
+    turns = [r["contender"] for r in rows if r.get("workload") == "prefill 512"]
+    assert turns[:6] == ["torch float32", "other", bench.PROBE, bench.PROBE, "other",
+                         "torch float32"]  # fmt: skip
+    table = Path(found["files"][1]).read_text()
+    assert "| other | 5.0 (5.0-5.0) 2.00x | 200 (200-200) 2.00x |" in table
+    assert Path(found["files"][2]).read_text().lstrip().startswith("<?xml")
+
+
+def test_disturbed_samples_are_counted_and_failures_left_out(tmp_path):
+    head = {"anchor": "a", "threads": 2, "machine": {"processor": "p", "commit": "c"},
+            "shape": {"n_layer": 1, "n_embd": 1}}  # fmt: skip
+    sample = {"kind": "sample", "workload": "prefill 512", "contender": "a"}
+    rows = [head, {**sample, "first_ms": 3.0, "other_cpu": 0.5},
+            {**sample, "first_ms": 1.0, "other_cpu": 0.0}, {**sample, "error": "x"}]  # fmt: skip
+    (line,) = summarise(rows)
+    assert (line["value"], line["low"], line["high"], line["disturbed"]) == (2.0, 1.0, 3.0, 1)
+    assert line["samples"] == 2
+    write_table(tmp_path, rows, [line])
+    write_chart(tmp_path, rows, [line])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peer_python": ["nothing"]}, "expected NAME=PYTHON with one of torch"),
+        ({"peer_python": ["genai=/no/such/python"]}, "no such program"),
+        ({"contenders": ["vllm"]}, "--contenders vllm: unknown, choose from gptopt, torch"),
+        ({"workloads": ["speed"]}, "--workloads 'speed': unknown, choose from 'prefill 512'"),
+        ({"contenders": ["openvino"]}, "no contender is left"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, values, message):
+    (tmp_path / "config.json").write_text('{"vocab_size": 50}')
+    options = InferenceOptions(model=str(tmp_path), work=str(tmp_path), **values)
+    with pytest.raises(UserError, match=message) as caught:
+        bench.inference(options)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_model_has_a_tokenizer_of_its_size(tmp_path):
+    from tokenizers import Tokenizer
+
+    write_tokenizer(tmp_path, 1000)
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == 1000
+    assert tokenizer.decode(tokenizer.encode("na\u00efve fox!").ids) == "na\u00efve fox!"
+
+
+@pytest.mark.slow
+def test_the_model_says_different_tokens_behind_different_texts(tmp_path):
+    import torch
+    from transformers import GPT2LMHeadModel
+
+    make_gpt2(tmp_path / "m", n_layer=2, n_head=2, n_embd=64, vocab_size=1000, n_positions=64)
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "m").eval()
+    texts = torch.randint(0, 999, (16, 9), generator=torch.Generator().manual_seed(0))
+    said = model(texts).logits[:, -1].argmax(-1)
+    assert len(set(said.tolist())) > 8
+    assert (said != texts[:, -1]).sum() > 12

@@ -1,10 +1,12 @@
 """How an operator enters torch.library: defined once, with all that the compilers ask for."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 # One handle for the whole package: the registrations live as long as it does.
@@ -14,6 +16,10 @@ LIBRARY: Any = torch.library.Library("gptopt", "FRAGMENT")  # type: ignore[no-un
 Supports = Callable[..., str | None]
 SUPPORTS: dict[str, Supports] = {}
 _REFERENCES: dict[str, Callable[..., Any]] = {}
+# What `call` runs without the dispatcher: Triton bodies and the Functions around them, by name.
+_BODIES: dict[str, Callable[..., Any]] = {}
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_keys_of = _C._dispatch_keys
 
 
 def register(
@@ -42,8 +48,8 @@ def register(
     LIBRARY.impl(name, body, "CompositeExplicitAutograd")
     torch.library.register_fake(f"gptopt::{name}", fake, lib=LIBRARY)
     if function is not None:
-        apply: Any = function.apply
-        LIBRARY.impl(name, lambda *args: apply(*args), "Autograd")
+        _FUNCTIONS[name] = function
+        LIBRARY.impl(name, functools.partial(_with_autograd, name), "Autograd")
     register_flop_formula(getattr(torch.ops.gptopt, name))(flops)
 
 
@@ -67,7 +73,73 @@ def register_triton(
         return (body if supports(*arguments) is None else reference)(*arguments)
 
     SUPPORTS[name] = supports
+    _BODIES[name] = run
     LIBRARY.impl(name, run, "CPU" if interpreted else "CUDA")
+
+
+def call(name: str, *arguments: Any) -> Any:
+    """`torch.ops.gptopt.name(*arguments)`, past the dispatcher where it would change nothing.
+
+    That is where the arguments are plain and the Triton body is the one for their device. The
+    dispatcher would call Python three times to arrive at the same body.
+    """
+    if torch.compiler.is_compiling() or name not in _BODIES or not _plain(arguments):
+        return getattr(torch.ops.gptopt, name).default(*arguments)
+    if torch.is_grad_enabled() and name in _FUNCTIONS and _wants_gradient(arguments):
+        apply: Any = _FUNCTIONS[name].apply
+        return apply(*arguments)
+    return _BODIES[name](*arguments)
+
+
+def _with_autograd(name: str, *arguments: Any) -> Any:
+    """An operator on the Autograd key: through its Function where a gradient may be asked for."""
+    if torch.is_grad_enabled():
+        apply: Any = _FUNCTIONS[name].apply
+        return apply(*arguments)
+    # A Function is told which inputs want gradients even where none are recorded.
+    with below_autograd():
+        return getattr(torch.ops.gptopt, name).default(*arguments)
+
+
+def _plain(arguments: Sequence[Any]) -> bool:
+    """Whether nobody watches or transforms this call, and all its tensors are ordinary ones."""
+    if (
+        _C._len_torch_dispatch_stack()  # FakeTensorMode and the like
+        or _C._len_torch_function_stack()
+        or _C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()  # its table shows operators by name
+    ):
+        return False
+    keys = _plain_keys()
+    for x in arguments:  # one of the hottest loops of the host: no generator, few names
+        kind = type(x)
+        if kind is Tensor or kind is nn.Parameter:
+            if _keys_of(x).raw_repr() not in keys:
+                return False
+        elif isinstance(x, Tensor):
+            return False
+    return True
+
+
+@functools.cache
+def _plain_keys() -> frozenset[int]:
+    """Dispatch keys of an ordinary tensor, made in inference mode or not, where Triton runs."""
+    from gptopt.kernels.launch import INTERPRETED
+
+    keys = []
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            x = torch.zeros(0, device="cpu" if INTERPRETED else "cuda")
+            keys.append(_C._dispatch_keys(x).raw_repr())
+    return frozenset(keys)
+
+
+def _wants_gradient(arguments: Sequence[Any]) -> bool:
+    for x in arguments:  # noqa: SIM110 - a generator takes twice the time
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def no_flops(*_: Any, **__: Any) -> int:

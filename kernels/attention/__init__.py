@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gptopt.kernels import library
 from gptopt.kernels.attention import op as _op  # noqa: F401 - registers gptopt::attention
 from gptopt.kernels.attention import reference
 from gptopt.kernels.attention.cache import StaticCache
@@ -112,7 +113,7 @@ def attention(
     options: tuple[Any, ...] = (causal, window, softcap, scale, dropout_p)
     arguments = (q, k, v, past_k, past_v, *masks, *options)
     if torch.compiler.is_exporting() or runs_triton("attention", impl, q, *arguments):
-        out, present_k, present_v, lse = torch.ops.gptopt.attention.default(*arguments)
+        out, present_k, present_v, lse = library.call("attention", *arguments)
         present = (k, v) if past is None else (present_k, present_v)
         return AttentionOutput(out, present, lse if need_lse else None)
     out, present_k, present_v, lse = reference.attention(*arguments, need_lse=need_lse)
@@ -168,6 +169,6 @@ def attention_decode(
     scale = 1.0 / sqrt(q.shape[3]) if scale is None else scale
     arguments: tuple[Any, ...] = (q, k, v, *cache, lengths, alibi_slopes, window, softcap, scale)
     if torch.compiler.is_exporting() or runs_triton("attention_decode", impl, q, *arguments):
-        out: Tensor = torch.ops.gptopt.attention_decode.default(*arguments)
+        out: Tensor = library.call("attention_decode", *arguments)
         return out
     return reference.attention_decode(*arguments)

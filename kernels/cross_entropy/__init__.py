@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptopt.kernels import library
 from gptopt.kernels.checks import check_float, check_like, check_shape, shape, wrong
 from gptopt.kernels.cross_entropy import op as _op  # noqa: F401 - registers gptopt::cross_entropy
 from gptopt.kernels.cross_entropy import reference
@@ -62,7 +63,7 @@ def cross_entropy(
     options = (ignore_index, label_smoothing, z_loss, softcap, reduction)
     arguments = (hidden, head_weight, targets, *options)
     if torch.compiler.is_exporting() or runs_triton("cross_entropy", impl, hidden, *arguments):
-        loss: Tensor = torch.ops.gptopt.cross_entropy.default(*arguments)
+        loss: Tensor = library.call("cross_entropy", *arguments)
         return loss
     return reference.cross_entropy(*arguments)
 

@@ -112,9 +112,9 @@ class _Function(torch.autograd.Function):
         beside = any(mask) and options[-1] != "none"
         with library.below_autograd():
             if beside:
-                loss, *found = torch.ops.gptopt.cross_entropy_forward.default(*arguments, mask)
+                loss, *found = library.call("cross_entropy_forward", *arguments, mask)
             else:
-                loss, found = torch.ops.gptopt.cross_entropy.default(*arguments), [None, None]
+                loss, found = library.call("cross_entropy", *arguments), [None, None]
         result: Tensor = loss
         ctx.save_for_backward(hidden, head_weight, targets, *found)
         ctx.options = options
@@ -124,8 +124,8 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.needs_input_grad[:2]
-        gradients = torch.ops.gptopt.cross_entropy_backward.default(
-            grad, *ctx.saved_tensors, *ctx.options, mask
+        gradients = library.call(
+            "cross_entropy_backward", grad, *ctx.saved_tensors, *ctx.options, mask
         )
         return *library.masked(gradients, mask), *(None,) * 6
 

@@ -5,6 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gptopt.kernels import library
 from gptopt.kernels.checks import (
     check_dropout,
     check_float,
@@ -64,7 +65,7 @@ def layernorm(
     check_dropout(dropout_p, seed, x)
     arguments = (x, weight, bias, residual, seed, kind, eps, dropout_p)
     if torch.compiler.is_exporting() or runs_triton("layernorm", impl, x, *arguments):
-        y, h = torch.ops.gptopt.layernorm.default(*arguments)
+        y, h = library.call("layernorm", *arguments)
         return y, x if residual is None and dropout_p == 0.0 else h
     return reference.layernorm(*arguments)
 

@@ -107,9 +107,7 @@ class _Function(torch.autograd.Function):
         dropout_p: float,
     ) -> tuple[Tensor, Tensor]:
         with library.below_autograd():
-            y, h = torch.ops.gptopt.layernorm.default(
-                x, weight, bias, residual, seed, kind, eps, dropout_p
-            )
+            y, h = library.call("layernorm", x, weight, bias, residual, seed, kind, eps, dropout_p)
         h_is_x = residual is None and dropout_p == 0.0
         if h_is_x:
             ctx.mark_non_differentiable(h)
@@ -123,7 +121,8 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None) -> tuple[Any, ...]:
         need_x, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-        dx, dh, dweight, dbias = torch.ops.gptopt.layernorm_backward.default(
+        dx, dh, dweight, dbias = library.call(
+            "layernorm_backward",
             grad_y,
             grad_h,
             *ctx.saved_tensors,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gptopt.kernels import library
 from gptopt.kernels.checks import check_float, check_like, shape, wrong
 from gptopt.kernels.rotary import op as _op  # noqa: F401 - registers gptopt::rotary
 from gptopt.kernels.rotary import reference
@@ -44,7 +45,7 @@ def rotary(
     """
     _validate(q, k, cos, sin)
     if torch.compiler.is_exporting() or runs_triton("rotary", impl, q, q, k, cos, sin, interleaved):
-        pair: tuple[Tensor, Tensor] = torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
+        pair: tuple[Tensor, Tensor] = library.call("rotary", q, k, cos, sin, interleaved)
         return pair
     return reference.rotary(q, k, cos, sin, interleaved)
 

@@ -41,14 +41,14 @@ class _Function(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
         with library.below_autograd():
-            pair: Pair = torch.ops.gptopt.rotary.default(q, k, cos, sin, interleaved)
+            pair: Pair = library.call("rotary", q, k, cos, sin, interleaved)
         return pair
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.gptopt.rotary_backward.default(
-            grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved
+        gradients = library.call(
+            "rotary_backward", grad_q, grad_k, *ctx.saved_tensors, ctx.interleaved
         )
         return *library.masked(gradients, ctx.needs_input_grad[:2]), None, None, None
 

@@ -1,12 +1,12 @@
 """Codes chosen one column after another, each making up for the errors of those before it."""
 
 import logging
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gptopt.kernels.quantization.rounding import search
+from gptopt.kernels.quantization.descent import Columns, descend
+from gptopt.kernels.quantization.rounding import encode, search
 
 logger = logging.getLogger(__name__)
 
@@ -15,20 +15,13 @@ _LAZY = 128  # columns whose errors reach the rest of the matrix together
 _ROWS = 4096  # rows that are taken at once: they are independent of one another
 
 
-class Columns(NamedTuple):
-    """Codes (K, N), scales (G, N) and zero points (G, N) of a transposed matrix, all float32."""
-
-    codes: Tensor
-    scales: Tensor
-    zeros: Tensor
-
-
 def gptq(weight: Tensor, hessian: Tensor, *, bits: int, block: int, symmetric: bool) -> Columns:
     """Quantise (N, K) so that its products with calibration inputs x change least.
 
     Minimises the sum over rows of e H e^T, e being the row's error, greedily along K: a column's
     rounding error is spread over the columns after it by the inverse of H. The scale of a block is
-    searched when its first column is reached, in the columns as they are by then.
+    searched when its first column is reached, in the columns as they are by then. What the greedy
+    walk left is then mended by coordinate descent (descent.py).
 
     Args:
         weight: (N, K) float32, K a multiple of the block.
@@ -39,11 +32,12 @@ def gptq(weight: Tensor, hessian: Tensor, *, bits: int, block: int, symmetric: b
 
     Source: Frantar et al. 2022, arXiv:2210.17323, section 3; there scales are those of the range.
     """
-    hessian = _filled(hessian.double())
-    spread = _spread(hessian).float()  # (K, K) upper triangular
-    parts = [
-        _quantise(rows, spread, bits, block, symmetric) for rows in weight.float().split(_ROWS)
-    ]
+    damped, spread = _factor(_filled(hessian.double()))
+    parts = []
+    for rows in weight.float().split(_ROWS):
+        w = rows.T.contiguous()  # (K, N): a column of the matrix is a row in memory
+        found = _quantise(w.clone(), spread, bits, block, symmetric)
+        parts.append(descend(w, found, damped, bits=bits, block=block))
     return Columns(*(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)))
 
 
@@ -56,8 +50,8 @@ def _filled(hessian: Tensor) -> Tensor:
     return hessian
 
 
-def _spread(hessian: Tensor) -> Tensor:
-    """U, upper triangular, with U^T U = (H + damping)^-1.
+def _factor(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """H + damping, and U, upper triangular, with U^T U = (H + damping)^-1; both float32.
 
     With the order of rows and columns reversed, H = R R^T for an upper triangular R, and U is the
     inverse of R: one factorisation and one triangular solve, and H itself is never inverted.
@@ -74,25 +68,26 @@ def _spread(hessian: Tensor) -> Tensor:
             raise ValueError("hessian is not finite; expected the mean of x^T x over inputs")
         damping *= 10
         logger.info("gptq: the Hessian needs a damping of %g", damping)
-    upper = lower.flip(0, 1)
-    return torch.linalg.solve_triangular(upper, torch.eye(K, dtype=upper.dtype), upper=True)
+    # The factor wants float64; inverting it, three quarters of the work, does not.
+    spread = torch.linalg.solve_triangular(lower.flip(0, 1).float(), torch.eye(K), upper=True)
+    return damped.float(), spread
 
 
-def _quantise(weight: Tensor, spread: Tensor, bits: int, block: int, symmetric: bool) -> Columns:
-    w = weight.T.contiguous().clone()  # (K, N): a column of the matrix is a row in memory
+def _quantise(w: Tensor, spread: Tensor, bits: int, block: int, symmetric: bool) -> Columns:
+    """The greedy walk along the columns of w (K, N), which is used up."""
     K, N = w.shape
     codes = torch.empty_like(w)
     scales, zeros = torch.empty(2, K // block, N)
-    lazy = max(block, _LAZY)
     # How much a column's own error counts when those after it make up for it as they can.
     importance = spread.diagonal().square().reciprocal()
+    lazy = max(block, _LAZY)
     for start in range(0, K, lazy):
         end = min(start + lazy, K)
         piece, errors = w[start:end], torch.empty(end - start, N)
         local = spread[start:end, start:end]
         for j in range(end - start):
+            g = (start + j) // block
             if j % block == 0:
-                g = (start + j) // block
                 found = search(
                     piece[j : j + block].T.contiguous(),
                     importance[start + j : start + j + block],
@@ -100,14 +95,9 @@ def _quantise(weight: Tensor, spread: Tensor, bits: int, block: int, symmetric: 
                     symmetric=symmetric,
                 )
                 scales[g], zeros[g] = found.scales[:, 0], found.zeros[:, 0]
-            codes[start + j] = _encode_column(piece[j], scales[g], zeros[g], bits)
+            codes[start + j] = encode(piece[j], scales[g], zeros[g], bits)
             value = (codes[start + j] - zeros[g]) * scales[g]
             errors[j] = (piece[j] - value) / local[j, j]
             piece[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
         w[end:].addmm_(spread[start:end, end:].T, errors, alpha=-1)
     return Columns(codes, scales, zeros)
-
-
-def _encode_column(column: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
-    inverse = torch.where(scales.abs() < 1e-30, 0.0, 1.0 / scales)
-    return (column * inverse).round_().add_(zeros).clamp_(0, 2**bits - 1)

@@ -41,7 +41,7 @@ def nearest(x: Tensor, *, bits: int, symmetric: bool) -> Rounded:
     largest magnitude the one that uses that step.
     """
     scales, zeros = _full_range(x, bits, symmetric)
-    return Rounded(_encode(x, scales, zeros, bits), scales, zeros)
+    return Rounded(encode(x, scales, zeros, bits), scales, zeros)
 
 
 def search(x: Tensor, importance: Tensor | None = None, *, bits: int, symmetric: bool) -> Rounded:
@@ -80,11 +80,11 @@ def _search(x: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> Rou
     score = _fit(weighted, weight, best)[0]
     full, zeros = best.scales, best.zeros
     for scales, trial_zeros in _trials(full, zeros, bits, symmetric):
-        trial = Rounded(_encode(x, scales, trial_zeros, bits), scales, trial_zeros)
+        trial = Rounded(encode(x, scales, trial_zeros, bits), scales, trial_zeros)
         best, score = _better(best, score, trial, _fit(weighted, weight, trial))
     for _ in range(_REFINEMENTS):
         scales = _fit(weighted, weight, best)[1]
-        trial = Rounded(_encode(x, scales, best.zeros, bits), scales, best.zeros)
+        trial = Rounded(encode(x, scales, best.zeros, bits), scales, best.zeros)
         best, score = _better(best, score, trial, _fit(weighted, weight, trial))
     return best._replace(scales=_fit(weighted, weight, best)[1])
 
@@ -127,10 +127,10 @@ def _full_range(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
         return extreme / -half, torch.full_like(extreme, half)
     low, high = low.clamp(max=0), high.clamp(min=0)
     scales = (high - low) / top
-    return scales, _encode(-low, scales, torch.zeros_like(scales), bits)
+    return scales, encode(-low, scales, torch.zeros_like(scales), bits)
 
 
-def _encode(x: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+def encode(x: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
     """The nearest codes (M, block); a scale of 0, or of no size, gives the zero point."""
     inverse = torch.where(scales.abs() < _TINY, 0.0, 1.0 / scales)
     return (x * inverse).round_().add_(zeros).clamp_(0, 2**bits - 1)

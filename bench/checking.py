@@ -1,7 +1,8 @@
 """Whether a contender is right, before anything is said about its speed.
 
 The house's rule: the error against float64 is at most twice that of the same maths in the same
-precision, plus one rounding band. All results and all gradients count.
+precision, plus one rounding band; in float32 2e-5 of the largest value is always allowed. All
+results and all gradients count.
 """
 
 import math
@@ -21,6 +22,7 @@ from gptopt.bench.operators import (
     own_call,
 )
 
+_FLOAT32_SHARE = 2e-5
 _CHUNK_ROWS = 4096  # of cross_entropy in float64, whose logits would fill any memory
 
 
@@ -58,8 +60,10 @@ class Judge:
 
     def _budget(self, exact: Tensor, same: Tensor) -> float:
         # The band's size is the largest value: a sum over many terms rounds where it is large.
-        band = torch.finfo(self.case.dtype).eps * _largest(exact)
-        return max(2 * _largest(same.double() - exact) + band, torch.finfo(torch.float32).tiny)
+        largest = _largest(exact)
+        budget = 2 * _largest(same.double() - exact) + torch.finfo(self.case.dtype).eps * largest
+        least = _FLOAT32_SHARE * largest if self.case.dtype == torch.float32 else 0.0
+        return max(budget, least, torch.finfo(torch.float32).tiny)
 
     def judge(self, outputs: Outputs, gradients: Outputs) -> Verdict:
         """Compare what a contender returned."""

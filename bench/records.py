@@ -86,6 +86,8 @@ def machine_line(bench: str, device: torch.device, limits: Limits) -> Row:
 def read_rows(path: Path) -> tuple[Row | None, list[Row]]:
     """The last machine line of a file and the newest rows of that machine; (None, []) without one.
 
+    The line gets `commands`: all that added rows, oldest first.
+
     Raises:
         UserError: the file is not what a bench writes.
     """
@@ -103,9 +105,11 @@ def read_rows(path: Path) -> tuple[Row | None, list[Row]]:
                 f"{path}: line {number} is not a bench's; remove the file and run again"
             )
         if "machine" in line:
-            if machine is not None and device_name(machine) != device_name(line):
+            same = machine is not None and device_name(machine) == device_name(line)
+            if not same:
                 newest.clear()
-            machine = line
+            commands = machine["commands"] if machine is not None and same else []
+            machine = {**line, "commands": list(dict.fromkeys([*commands, line["command"]]))}
         else:
             newest[tuple(line.get(key) for key in _KEYS)] = line
     return machine, list(newest.values())

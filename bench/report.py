@@ -253,8 +253,8 @@ def _chart(alt: str, drawn: Any, caption: str = "") -> str:
 def _made(machines: list[Row]) -> Fragments:
     yield "<p>" + html.escape(spread_note()) + "</p><ul class=commands>"
     for machine in machines:
-        command, date = (html.escape(machine[key]) for key in ("command", "date"))
-        yield f"<li><code>{command}</code> {date}</li>"
+        for command in machine["commands"]:
+            yield f"<li><code>{html.escape(command)}</code></li>"
     yield "</ul><details><summary>The machine</summary><pre>"
     yield html.escape(json.dumps(machines[0], indent=2)) + "</pre></details>"
 
@@ -264,8 +264,10 @@ def _summary(machines: list[Row], found: dict[str, list[Row]], table: list[Targe
     yield f"# gptopt bench: {device_name(machine)}\n"
     if machine["gpu"] is None:
         yield f"> {MACHINERY}\n"
-    commands = ", ".join(dict.fromkeys(f"`{one['command']}`" for one in machines))
-    yield f"{machines[-1]['date']}, commit {machine['machine']['commit']}, made by {commands}\n"
+    yield f"{machines[-1]['date']}, commit {machine['machine']['commit']}. Made by:\n"
+    for one in machines:
+        yield from (f"    {command}" for command in one["commands"])
+    yield ""
     yield "| target | wanted | reached | limit |\n|---|---|---|---|"
     for line in table:
         yield f"| {line.what} | {line.target} | {line.reached} | {line.limit} |"

@@ -16,7 +16,7 @@ import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
 _HOLD_MS = 25.0  # the longest that the device is held back
-_CPU_FLUSH_BYTES = 64 << 20
+_CPU_FLUSH_BYTES = 16 << 20
 _GPU_FLUSH_BYTES = 256 << 20
 
 

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from gptopt.kernels import KernelUnavailable, attention
 from gptopt.kernels.attention import reference
@@ -329,10 +328,3 @@ def test_what_has_no_kernel_says_so_and_runs_the_reference(device, changed, mess
     expected = attention(q, k, v, scale=0.25, impl="reference")
     assert out.equal(expected.out)
     assert lse.equal(expected.lse)
-
-
-@pytest.mark.parametrize("P", [0, 3])
-def test_opcheck(device, P):
-    q, k, v, *past = (x.float().to(device).requires_grad_() for x in heads(4, P))
-    arguments = (q, k, v, *(past or (None, None)), *(None,) * 4, True, None, None, 0.25, 0.0)
-    opcheck(torch.ops.gptopt.attention.default, arguments)

@@ -176,6 +176,18 @@ def test_a_mean_in_half_precision_loses_no_gradient_before_the_loss_scale(device
     assert (hidden.grad == 2.0**-9).all()
 
 
+def test_the_gradient_of_the_head_is_summed_in_float32(device, small_chunks):
+    """Two tokens at a time: bfloat16 would forget each of the later ones."""
+    N, V, half = 700, 2, {"device": device, "dtype": torch.bfloat16}
+    hidden = torch.ones(N, 1, **half)
+    head_weight = torch.zeros(V, 1, **half, requires_grad=True)
+    targets = torch.zeros(N, dtype=torch.int64, device=device)
+    (loss,) = by_kernel(hidden, head_weight, targets=targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, head_weight)
+    assert len(small_chunks) > 4
+    assert gradient.flatten().tolist() == [-350.0, 350.0]
+
+
 def test_large_logits_do_not_overflow(device, check):
     hidden = torch.full((2, C), 1e3, dtype=torch.float64, device=device)
     head_weight = torch.randn(50, C, dtype=torch.float64, device=device) * 10

@@ -13,10 +13,8 @@ from gptopt.kernels.attention.triton_decode import (
     decode,
 )
 from gptopt.kernels.attention.triton_forward import attention_fwd_kernel, forward
-from gptopt.kernels.attention.triton_gradients import (
-    attention_bwd_dkdv_kernel,
-    attention_bwd_dq_kernel,
-)
+from gptopt.kernels.attention.triton_gradients import attention_bwd_dkdv_kernel
+from gptopt.kernels.attention.triton_query_gradients import attention_bwd_dq_kernel
 from gptopt.kernels.attention.triton_scores import (
     BOUNDS_CONFIG,
     MAX_HEAD_DIM,
@@ -71,9 +69,11 @@ _VARIANTS: dict[str, _Options] = {"causal": (), "full": (), "masked": _MASKED, "
 _MATMUL_KERNELS = {
     "fwd": attention_fwd_kernel,
     "bwd_dkdv": attention_bwd_dkdv_kernel,
+    "bwd_fast": attention_bwd_dkdv_kernel,
     "bwd_dq": attention_bwd_dq_kernel,
     "decode": attention_decode_kernel,
 }
+_DQ = {"bwd_delta": "*fp32", "bwd_fast": "*fp32", "bwd_dkdv": None}  # where it is a sum, or is not
 _OPTIONAL = {
     "key_mask": "*u8",
     "doc_ids": "*i64",
@@ -154,15 +154,17 @@ def _case(
             arguments[argument] = {**_FIXED, **optional}[argument]
         elif argument not in known and not argument.startswith("BLOCK_"):
             arguments[argument] = pointer(dtype)
+    if name in _DQ:
+        arguments["dq"] = _DQ[name]
     if name == "decode":
-        arguments |= {"T": 1, "out": "*fp32"}
+        arguments |= {"T": "i32", "out": "*fp32"}
     return AotCase(
         operator="attention" if not name.startswith("decode") else "attention_decode",
         kernel=kernel,
         arguments=arguments,
         constexprs={key: value for key, value in known.items() if key in kernel.arg_names},
         config=lambda arch: choose(f"attention.{name}", arch, dtype, shape),
-        label=f"{str(dtype)[6:]} d{D} {variant}".strip(),
+        label=f"{str(dtype)[6:]} d{D} {variant}{' fast' * (name == 'bwd_fast')}".strip(),
         dot=dot,
     )
 

@@ -1,6 +1,10 @@
-"""Attention backward in Triton, bitwise repeatable: what is launched, and the sums of each row.
+"""Attention backward in Triton, in two forms: what is launched, and the sums of each row.
 
-Source: Dao 2023, arXiv:2307.08691, algorithm 2 (here in two passes, see triton_gradients).
+Fast: one pass over the keys, five matrix products, dQ added up in memory by atomics, so that its
+last bits change from run to run. Repeatable: dQ in a pass of its own, seven products, the same bits
+every time; it runs while `torch.are_deterministic_algorithms_enabled()`.
+
+Source: Dao 2023, arXiv:2307.08691, algorithm 2.
 """
 
 from math import inf
@@ -10,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gptopt.kernels.attention.triton_gradients import (
-    attention_bwd_dkdv_kernel,
-    attention_bwd_dq_kernel,
-)
+from gptopt.kernels.attention.triton_gradients import attention_bwd_dkdv_kernel
+from gptopt.kernels.attention.triton_query_gradients import attention_bwd_dq_kernel
 from gptopt.kernels.attention.triton_scores import (
     LOG2E,
     Masks,
@@ -36,6 +38,7 @@ def attention_bwd_delta_kernel(
     grad_lse: tl.tensor,  # (B, H, T) fp32, contiguous, or None
     delta: tl.tensor,  # (B, H, T) fp32: sum(grad_out * out) - grad_lse
     lse2: tl.tensor,  # (B, H, T) fp32: lse in the log2 domain, +inf where a row saw no key
+    dq: tl.tensor,  # (B, H, T, D) fp32, contiguous, to be set to 0; or None
     stride_gb: tl.tensor,
     stride_gh: tl.tensor,
     stride_gt: tl.tensor,
@@ -61,6 +64,11 @@ def attention_bwd_delta_kernel(
         total -= tl.load(grad_lse + rows, mask=inside, other=0.0)
     tl.store(delta + rows, tl.where(empty, 0.0, total), mask=inside)
     tl.store(lse2 + rows, tl.where(empty, _INF, log_sum * _LOG2E), mask=inside)
+    if dq is not None:
+        dims = tl.arange(0, BLOCK_D)[None, :]
+        place = dq + (plane * T + m) * D + (tl.arange(0, BLOCK_M)[:, None] * D + dims)
+        zeros = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        tl.store(place, zeros, mask=inside[:, None] & (dims < D))
 
 
 def backward(
@@ -81,14 +89,16 @@ def backward(
     scale: float,
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """gptopt::attention_backward: (dq, dkeys, dvalues), contiguous, the same bits every time."""
+    """gptopt::attention_backward: (dq, dkeys, dvalues), contiguous."""
     B, H, T, D = q.shape
     K, S = keys.shape[1:3]
-    dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    # Asked here, while the operator runs: torch.compile would take the answer for a constant.
+    fast = not torch.are_deterministic_algorithms_enabled()
+    dq = torch.empty(q.shape, dtype=torch.float32 if fast else q.dtype, device=q.device)
     dk = torch.empty(keys.shape, dtype=q.dtype, device=q.device)
     dv = torch.empty(keys.shape, dtype=q.dtype, device=q.device)
     if lse.numel() == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return dq.to(q.dtype), dk.zero_(), dv.zero_()
     q, k, v, grad_out = head_rows(q), head_rows(keys), head_rows(values), head_rows(grad_out)
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     where, dim = arch(q.device), padded_dim(D)
@@ -104,6 +114,7 @@ def backward(
         None if grad_lse is None else grad_lse.contiguous(),
         delta,
         lse2,
+        dq if fast else None,
         *grad_out.stride()[:3],
         H,
         T,
@@ -121,12 +132,14 @@ def backward(
     )
     seed = seed if dropout_p > 0.0 else None
 
-    config = choose("attention.bwd_dkdv", where, q.dtype, kind)
+    config = choose("attention.bwd_fast" if fast else "attention.bwd_dkdv", where, q.dtype, kind)
     M, N = config.sizes["BLOCK_M"], config.sizes["BLOCK_N"]
     bounds = masks.bounds(q, T, S, causal, N, M, by_key=True)
     grid = (B * K * triton.cdiv(S, N),)
-    pointers = (q, k, v, grad_out, lse2, delta, dk, dv, *seen, bounds, seed)
+    pointers = (q, k, v, grad_out, lse2, delta, dk, dv, dq if fast else None, *seen, bounds, seed)
     launch(attention_bwd_dkdv_kernel, grid, q, *pointers, *strides, *options, **config.options)
+    if fast:
+        return dq.to(q.dtype), dk, dv
 
     config = choose("attention.bwd_dq", where, q.dtype, kind)
     M, N = config.sizes["BLOCK_M"], config.sizes["BLOCK_N"]

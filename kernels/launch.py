@@ -137,22 +137,44 @@ class Config:
         return {**self.sizes, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
+Key = tuple[str, torch.dtype, str]  # kernel, dtype, shape class
+ASKED: set[Key] = set()  # what `choose` was asked for; `gptopt.kernels.tuning` reads it
+
+
 @functools.cache
 def choose(kernel: str, arch: str, dtype: torch.dtype, shape_class: str = "") -> Config:
-    """The shipped configuration of `kernel`, "<op>.<kernel>" as in "attention.fwd".
+    """The configuration of `kernel`, "<op>.<kernel>" as in "attention.fwd".
+
+    What this machine's own tuning found and checked comes first, then the shipped table.
 
     Raises:
         KeyError: no entry of the table fits.
     """
+    key = (kernel, dtype, shape_class)
+    ASKED.add(key)
+    return tuned(arch).get(key) or shipped(kernel, arch, dtype, shape_class)
+
+
+@functools.cache
+def tuned(arch: str) -> dict[Key, Config]:
+    """What the tuning of this machine left for `arch`, read once."""
+    from gptopt.kernels import tuning
+
+    return tuning.recall(arch)
+
+
+def shipped(kernel: str, arch: str, dtype: torch.dtype, shape_class: str = "") -> Config:
+    """The entry of the shipped table, as in `choose`."""
     operator, _, name = kernel.partition(".")
     wanted = {"arch": arch, "dtype": str(dtype).removeprefix("torch."), "shape": shape_class}
     for entry in _table(operator)["kernels"][name]:
-        if _fits(entry, wanted):
+        if fits(entry, wanted):
             return Config(entry.get("sizes", {}), entry["num_warps"], entry["num_stages"])
     raise KeyError(f"kernels/configs/{operator}.json: no entry of {name} fits {wanted}")
 
 
-def _fits(entry: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+def fits(entry: Mapping[str, Any], wanted: Mapping[str, str]) -> bool:
+    """Whether an entry of a table is for this arch, dtype and shape class."""
     known = all(entry.get(key, wanted[key]) == wanted[key] for key in ("arch", "dtype"))
     return known and set(entry.get("shape", "").split()) <= set(wanted["shape"].split())
 
@@ -212,6 +234,7 @@ class AotCase:
     config: the configuration, from `choose(kernel, arch, ...)`; its sizes are constexprs.
     label: dtype and shape as they shall stand in the table, "bfloat16 d64 causal".
     dot: it has a matrix product that must use the matrix unit of the chip.
+    tile: the block size that says how many rows that product has.
     archs: where it is compiled; empty is everywhere.
     """
 
@@ -222,6 +245,7 @@ class AotCase:
     config: Callable[[str], Config]
     label: str
     dot: bool = False
+    tile: str = "BLOCK_M"
     archs: tuple[str, ...] = ()
 
 

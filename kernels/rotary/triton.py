@@ -2,6 +2,12 @@
 
 A program takes a few tokens and a few heads: the tokens' angles are read once, then every head of
 q and k that is its own turns by them. Backward turns by the opposite angles.
+
+Nothing is written in place. Forward, what made q and k may need them for its own backward, and in
+the model they are views of one projection with v, whose version would change for all three.
+Backward, autograd may hand the same gradient to others, and an operator cannot see whether it does.
+In place would move as many bytes: it saves an allocation, and loses the contiguous heads that
+attention reads.
 """
 
 from collections.abc import Iterator

@@ -5,6 +5,12 @@ from typing import Any
 
 from gptopt.config import ModelConfig
 
+_ATTENTION = {
+    "gqa": "com.microsoft.GroupQueryAttention",
+    "standard": "the standard Attention",
+    "primitives": "MatMul and Softmax",
+}
+
 
 def proof_table(proof: Mapping[str, Any]) -> str:
     """One line for each case of a proof (`Proof.as_dict`), and one for greedy decoding."""
@@ -30,7 +36,7 @@ def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: boo
         header,
         f"# A GPT of {report['parameters']:,} parameters, as ONNX",
         _facts(config, report),
-        "## Run it\n\n" + _usage(config, tokenizer),
+        "## Run it\n\n" + _usage(config, report, tokenizer),
         "## What was proven\n\n" + _proof(report),
     ]
     return "\n\n".join(parts) + "\n"
@@ -41,6 +47,7 @@ def _facts(config: ModelConfig, report: Mapping[str, Any]) -> str:
     heads = f"{config.n_head} heads"
     if config.kv_heads != config.n_head:
         heads += f" ({config.kv_heads} for keys and values)"
+    attention = _ATTENTION[graph["attention"]]
     kind = "next-token model" if config.causal else "bidirectional model (masked LM)"
     rows = [
         ("model", f"{kind}, {config.n_layer} layers of {config.n_embd} channels, {heads}"),
@@ -48,22 +55,27 @@ def _facts(config: ModelConfig, report: Mapping[str, Any]) -> str:
                     f"{config.position} positions"),
         ("context", f"{config.block_size} tokens"),
         ("vocabulary", f"{config.vocab_size} ids"),
-        ("graph", f"{graph['nodes']} nodes, opset {graph['opset']}, standard operators, float32"),
+        ("made for", f"`{graph['target']}`: opset {graph['opset']}, attention as {attention}"),
+        *(
+            (f"`{name}`", f"{each['file']}, {each['graph']['nodes']} nodes")
+            for name, each in report["variants"].items()
+        ),
         *((f"`{name}`", f"{size:,} bytes") for name, size in report["files"].items()
           if name.startswith("onnx/")),
     ]  # fmt: skip
     return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows)
 
 
-def _usage(config: ModelConfig, tokenizer: bool) -> str:
+def _usage(config: ModelConfig, report: Mapping[str, Any], tokenizer: bool) -> str:
+    attention, right = report["graph"]["attention"] == "gqa", report["padding"] == "right"
     inputs = "`input_ids`, `attention_mask` and `position_ids` (int64)"
     if not config.causal:
-        return f"`onnx/model.onnx` takes {inputs} and gives `logits`."
+        return f"The graph takes {inputs} and gives `logits`."
     graph = (
-        f"`onnx/model.onnx` serves prefill and decode. It takes {inputs} and the cache "
+        f"One graph serves prefill and decode. It takes {inputs} and the cache "
         f"`past_key_values.{{i}}.key|value`, empty at first, and gives `logits` and "
         f"`present.{{i}}.key|value`. `position_ids` count real tokens from 0: "
-        f"`cumsum(attention_mask) - 1`. Padding may stand on either side."
+        f"`cumsum(attention_mask) - 1`. {_CACHES[attention, right]}"
     )
     if not tokenizer:
         return f"The folder holds no tokenizer.\n\n{graph}"
@@ -75,6 +87,19 @@ def _usage(config: ModelConfig, tokenizer: bool) -> str:
         "The same folder is laid out for onnxruntime-genai, transformers.js and optimum-onnx."
     )
     return f"{commands}\n\n{graph}"
+
+
+_ANYWHERE = "Padding may stand on either side."
+_ONE_BUFFER = (
+    "One buffer may be bound as past and present; several tokens behind a cache are fed to one "
+    "row at a time."
+)
+_CACHES = {
+    (False, False): _ANYWHERE,
+    (True, False): f"{_ANYWHERE} {_ONE_BUFFER}",
+    (True, True): f"Rows are padded on the right, and the next token of a row takes the place of "
+    f"its padding. {_ONE_BUFFER}",
+}
 
 
 def _proof(report: Mapping[str, Any]) -> str:

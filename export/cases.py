@@ -20,16 +20,20 @@ _LONGEST_WORK = 2e11
 class Stage:
     """What a case plays with."""
 
-    graph: Runner
+    graph: Runner  # the cache in the form that the runtime of this project uses
+    growing: Runner
+    padding: str  # "any" or "right"
+    keeps: bool  # it scores only the last positions where it is asked to
     causal: bool
     random: np.random.Generator
     vocab_size: int
     block_size: int
     parameters: int
 
-    def stream(self, rows: int = 1, offset: int = 0) -> Stream:
+    def stream(self, rows: int = 1, offset: int = 0, growing: bool = False) -> Stream:
         """A fresh stream."""
-        return Stream(self.graph, rows, offset)
+        graph = self.growing if growing else self.graph
+        return Stream(graph, rows, offset, by_column=self.graph.shared)
 
     def draw(self, rows: int, length: int) -> Ids:
         """Random tokens (rows, length)."""
@@ -90,6 +94,27 @@ def left_padding(stage: Stage) -> Iterator[Stream]:
 def right_padding(stage: Stage) -> Iterator[Stream]:
     """Prompts of different lengths, padded on the right, then decoded together."""
     yield _padded(stage, left=False)
+
+
+def growing_cache(stage: Stage) -> Iterator[Stream]:
+    """What could share a buffer, run by a client that makes a longer cache every time."""
+    stream = stage.stream(growing=True)
+    for length in _parts(stage.fit(9), (3, 2)):
+        stream.feed(stage.draw(1, length))
+    yield stream
+    yield _padded(stage, left=stage.padding == "any", growing=True)
+
+
+def last_scores(stage: Stage) -> Iterator[Stream]:
+    """Only the last positions scored, of a prompt and of single tokens."""
+    stream = stage.stream(2)
+    stream.feed(stage.draw(2, stage.fit(9)), scores=1)
+    for _ in range(min(2, stage.block_size - stage.fit(9))):
+        stream.feed(stage.draw(2, 1), scores=1)
+    yield stream
+    stream = stage.stream()
+    stream.feed(stage.draw(1, stage.fit(7)), scores=stage.fit(3))
+    yield stream
 
 
 def beam_reorder(stage: Stage) -> Iterator[Stream]:
@@ -159,9 +184,23 @@ UNCACHED = {
 }  # fmt: skip
 
 
-def _padded(stage: Stage, *, left: bool) -> Stream:
+def cases_of(stage: Stage) -> dict[str, Case]:
+    """The cases that a file can be held to."""
+    if not stage.causal:
+        return UNCACHED
+    cases = dict(CACHED)
+    if stage.padding == "right":
+        del cases["left padding"]
+    if stage.graph.shared:
+        cases["growing cache"] = growing_cache
+    if stage.keeps:
+        cases["last scores"] = last_scores
+    return cases
+
+
+def _padded(stage: Stage, *, left: bool, growing: bool = False) -> Stream:
     length = stage.fit(10)
-    stream = stage.stream(3)
+    stream = stage.stream(3, growing=growing)
     column = np.arange(length)[::-1] if left else np.arange(length)
     sizes = as_ids([length, max(1, length - 3), 1])  # real tokens per row
     stream.feed(stage.draw(3, length), (column < sizes[:, None]).astype(np.int64))

@@ -12,6 +12,8 @@ SEQUENCE = "sequence_length"  # T, the new tokens
 PAST = "past_sequence_length"  # P, the tokens in the cache
 TOTAL = "total_sequence_length"  # S = P + T
 
+KEEP = "num_logits_to_keep"  # optional input: how many last positions are scored, 0: all
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Contract:

@@ -13,25 +13,88 @@ import onnx_ir as ir
 
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, first_line
-from gptopt.export.contract import Contract
+from gptopt.export.contract import KEEP, Contract
 from gptopt.runtime.folder import EdgeConfig
 from gptopt.runtime.session import Session
+from gptopt.runtime.variants import EdgeFile
 
 Floats = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 
 class Runner(Protocol):
-    """A graph in a runtime."""
+    """A graph in a runtime.
+
+    Attributes:
+        shared: the cache it returns is the one it was given, written in place, with room behind.
+    """
+
+    shared: bool
 
     def run(
-        self, ids: Ids, mask: Any, position_ids: Ids, past: Sequence[Any]
+        self, ids: Ids, mask: Any, position_ids: Ids, past: Sequence[Any], keep: int = 0
     ) -> tuple[Floats, list[Any]]:
-        """Logits (B, T, V) and the cache behind them; an empty `past` is the beginning."""
+        """Logits (B, T, V) and the cache behind them; an empty `past` is the beginning.
+
+        `keep` asks for the logits of the last so many positions, 0 for all.
+        """
 
 
-def open_graph(path: Path, config: ModelConfig) -> Session:
+class Growing:
+    """A graph that makes a new, longer cache every time, as most clients run it."""
+
+    shared = False
+
+    def __init__(self, session: Session) -> None:
+        self.run = session.run
+
+
+class Shared:
+    """A graph that writes into one buffer, bound as past and as present.
+
+    What was never written is NaN, where the type has one: a kernel that reads it shows.
+    """
+
+    shared = True
+
+    def __init__(self, session: Session, capacity: int) -> None:
+        self._session = session
+        self._capacity = capacity
+
+    def run(
+        self, ids: Ids, mask: Any, position_ids: Ids, past: Sequence[Any], keep: int = 0
+    ) -> tuple[Floats, list[Any]]:
+        """See Runner."""
+        session, binding = self._session, self._session.new_binding()
+        parts = list(past) or [self._buffer(len(ids)) for _ in session.past]
+        feeds = [np.ascontiguousarray(array, np.int64) for array in (ids, mask, position_ids)]
+        for name, array in zip(("input_ids", "attention_mask", "position_ids"), feeds, strict=True):
+            binding.bind_cpu_input(name, array)
+        shape = (len(ids), keep or ids.shape[1], session.vocab_size)
+        logits = np.full(shape, np.nan, session.logits_dtype)
+        binding.bind_output("logits", "cpu", 0, logits.dtype, shape, logits.ctypes.data)
+        for past_name, name, part in zip(session.past, session.present, parts, strict=True):
+            place = ("cpu", 0, part.dtype, part.shape, part.ctypes.data)
+            binding.bind_input(past_name, *place)
+            binding.bind_output(name, *place)
+        if keep:
+            binding.bind_ortvalue_input(KEEP, session.kept(keep))
+        session.execute(binding)
+        return logits.astype(np.float32, copy=False), parts
+
+    def _buffer(self, rows: int) -> npt.NDArray[Any]:
+        K, D = self._session.cache_shape
+        dtype = np.dtype(self._session.cache_dtype)
+        return np.full((rows, K, self._capacity, D), np.nan if dtype.kind == "f" else 99, dtype)
+
+
+def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) -> Session:
     """Load an ONNX file on the CPU, after its names were compared with the contract.
+
+    Args:
+        path: the ONNX file.
+        config: the model's.
+        file: what is known of the file; none: a growing cache, padding anywhere.
 
     Raises:
         CheckFailed: onnxruntime refuses the file, or the contract is broken.
@@ -48,7 +111,7 @@ def open_graph(path: Path, config: ModelConfig) -> Session:
         causal=config.causal,
         eos_ids=[],
     )
-    return Session(path, sizes, "cpu", 0)
+    return Session(path, sizes, "cpu", file=file or EdgeFile())
 
 
 def _check_names(path: Path, contract: Contract) -> None:
@@ -58,7 +121,7 @@ def _check_names(path: Path, contract: Contract) -> None:
     except Exception as error:  # protobuf, onnx and onnx_ir each raise their own
         raise CheckFailed(f"{path}: is no ONNX file ({first_line(error)})") from error
     for kind, values, wanted in (
-        ("inputs", graph.inputs, contract.inputs()),
+        ("inputs", [each for each in graph.inputs if not _is_optional(each)], contract.inputs()),
         ("outputs", graph.outputs, contract.outputs()),
     ):
         found = {value.name or "": _dims(value) for value in values}
@@ -68,6 +131,11 @@ def _check_names(path: Path, contract: Contract) -> None:
                     f"{path}: its {kind} are not those of the contract, see {name!r}: "
                     f"found {found.get(name)}, expected {wanted.get(name)}"
                 )
+
+
+def _is_optional(value: ir.Value) -> bool:
+    """Whether clients that do not know an input never see it: it has a default."""
+    return value.name == KEEP and value.is_initializer()
 
 
 def _dims(value: ir.Value) -> tuple[int | str | None, ...] | None:
@@ -93,36 +161,48 @@ class Stream:
         graph: what runs it.
         rows: B.
         offset: position id of the first token.
+        by_column: several rows add one token each at a time to a cache that is not empty, because
+            GroupQueryAttention on the CPU refuses more.
     """
 
-    def __init__(self, graph: Runner, rows: int, offset: int = 0) -> None:
+    def __init__(self, graph: Runner, rows: int, offset: int = 0, by_column: bool = False) -> None:
         self.claims: list[Claim] = []
         self._graph = graph
         self._offset = offset
+        self._by_column = by_column and rows > 1
         self._said: list[tuple[int, ...]] = [()] * rows
         self._mask = np.zeros((rows, 0), dtype=np.int64)
         self._past: list[Any] = []
 
-    def feed(self, ids: Ids, real: Ids | None = None, *, keep: int | None = None) -> Floats:
+    def feed(
+        self, ids: Ids, real: Ids | None = None, *, keep: int | None = None, scores: int = 0
+    ) -> Floats:
         """Feed ids (B, T), of which only the real ones count (B, T); all by default.
 
         Returns:
-            logits (B, T, V).
+            logits (B, T, V), or those of the last `scores` positions.
 
         Args:
             keep: claim only the last so many positions.
+            scores: ask the graph for the last so many only, 0 for all; no row may be padded.
         """
-        T = ids.shape[1]
         real = np.ones_like(ids) if real is None else real
+        if self._by_column and self._past and ids.shape[1] > 1:
+            columns = range(ids.shape[1])
+            parts = [self._feed(ids[:, [t]], real[:, [t]], keep, 0) for t in columns]
+            return np.concatenate(parts, axis=1)
+        return self._feed(ids, real, keep, scores)
+
+    def _feed(self, ids: Ids, real: Ids, keep: int | None, scores: int) -> Floats:
+        T = ids.shape[1]
         self._mask = np.concatenate((self._mask, real), axis=1)
         positions = np.maximum(self._mask.cumsum(axis=1) - 1, 0)[:, -T:] + self._offset
         logits, self._past = self._graph.run(
-            ids, self._mask.astype(np.bool_), positions, self._past
+            ids, self._mask.astype(np.bool_), positions, self._past, scores
         )
         for row, counted in enumerate(real.astype(bool)):
-            before = self._said[row]
-            self._said[row] = before + tuple(ids[row, counted].tolist())
-            said = logits[row, counted]
+            self._said[row] += tuple(ids[row, counted].tolist())
+            said = logits[row] if scores else logits[row, counted]
             said = said if keep is None else said[-keep:]
             if len(said):
                 tokens = self._said[row]
@@ -139,7 +219,8 @@ class Stream:
 
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` tokens; no row may be padded."""
-        self._past = [_array(part)[:, :, :length] for part in self._past]
+        if not self._graph.shared:
+            self._past = [_array(part)[:, :, :length] for part in self._past]
         self._mask = self._mask[:, :length]
         self._said = [tokens[:length] for tokens in self._said]
 

@@ -1,6 +1,13 @@
 """What a runtime can run, as data: the stages ask a target and know no runtime by name."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from gptopt.errors import UserError
+from gptopt.runtime.variants import EdgeFile
+
+_MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,12 +21,90 @@ class Target:
             onnxruntime reads, so it is always pinned.
         inline_limit_bytes: weights up to this size lie inside model.onnx, larger ones in
             model.onnx_data beside it, which runtimes map into memory instead of copying.
+        attention: what the operator becomes: com.microsoft.GroupQueryAttention, the standard
+            Attention, or nothing newer than MatMul and Softmax.
+        operators: whether rmsnorm, rotary and gelu take the standard operators of their opset,
+            the com.microsoft ones, or primitives.
+        rules: fusions that follow, names of gptopt.export.rules.
+        precisions: what `--precision` may ask for.
+        provider: onnxruntime's name of the provider whose kernels must cover every node.
+        cache: "shared": a runtime may bind one buffer as past and present, longer than the text.
+        padding: "right": the cache holds no padding, a row's next token overwrites it, so prompts
+            may be padded on the right only. "any": padding stays where it is and is masked.
     """
 
     name: str
     opset: int
-    ir_version: int
-    inline_limit_bytes: int
+    ir_version: int = 10
+    inline_limit_bytes: int = 256 * _MIB
+    attention: Literal["gqa", "standard", "primitives"]
+    operators: Literal["standard", "microsoft", "primitives"]
+    rules: tuple[str, ...] = ()
+    precisions: tuple[str, ...]
+    provider: str = "CPUExecutionProvider"
+    cache: Literal["shared", "growing"] = "growing"
+    padding: Literal["any", "right"] = "any"
+
+    def facts(self, file: str, cache_dtype: str = "float32") -> EdgeFile:
+        """What the runtime is told of a file that was made for this target."""
+        return EdgeFile(file=file, cache=self.cache, cache_dtype=cache_dtype, padding=self.padding)
+
+    def without_gqa(self) -> "Target":
+        """The same target for a model that GroupQueryAttention cannot run."""
+        rules = tuple(rule for rule in self.rules if rule != "packed_qkv")
+        return replace(
+            self, opset=max(self.opset, 23), attention="standard", rules=rules, cache="growing",
+            padding="any",
+        )  # fmt: skip
 
 
-STANDARD = Target(name="standard", opset=23, ir_version=10, inline_limit_bytes=256 * 2**20)
+_FLOAT = ("fp32", "fp16")
+_FUSED = ("skip_layernorm", "bias_gelu", "last_token")
+
+PORTABLE = Target(
+    name="portable", opset=21, attention="gqa", operators="microsoft", rules=_FUSED,
+    precisions=(*_FLOAT, "q8", "q4", "q4f16", "q2"), cache="shared",
+)  # fmt: skip
+ORT_CPU = replace(
+    PORTABLE, name="ort-cpu", rules=("packed_qkv", *_FUSED), padding="right",
+    precisions=("fp32", "q8", "q4", "q2"),
+)  # fmt: skip
+ORT_CUDA = replace(
+    ORT_CPU, name="ort-cuda", provider="CUDAExecutionProvider", precisions=("fp16", "q4f16")
+)
+WEB = replace(PORTABLE, name="web", precisions=("fp32", "fp16", "q8", "q4", "q4f16"))
+STANDARD = Target(
+    name="standard", opset=23, attention="standard", operators="standard", precisions=_FLOAT
+)
+LEGACY = Target(
+    name="legacy", opset=17, ir_version=8, attention="primitives", operators="primitives",
+    precisions=("fp32",),
+)  # fmt: skip
+
+TARGETS = {target.name: target for target in (PORTABLE, ORT_CPU, ORT_CUDA, WEB, STANDARD, LEGACY)}
+
+
+def find_targets(names: str) -> list[Target]:
+    """The targets of a comma-separated list, each once.
+
+    Raises:
+        UserError: one of them is unknown, or there is none.
+    """
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in wanted if name not in TARGETS]
+    if unknown or not wanted:
+        found = repr(unknown[0]) if unknown else "nothing"
+        raise UserError(f"--target: found {found}, expected one or more of {', '.join(TARGETS)}")
+    return [TARGETS[name] for name in wanted]
+
+
+def check_precisions(target: Target, precisions: Sequence[str]) -> None:
+    """Raise UserError where the target has no form of a precision; says which targets have one."""
+    for name in precisions:
+        if name in target.precisions:
+            continue
+        able = [each.name for each in TARGETS.values() if name in each.precisions]
+        others = f"; {name} runs with --target {' or '.join(able)}" if able else ""
+        raise UserError(
+            f"--precision {name}: --target {target.name} has {', '.join(target.precisions)}{others}"
+        )

@@ -16,8 +16,9 @@ from torch import nn
 
 from gptopt.export import cases as plays
 from gptopt.export.reference import Expected, Reference
-from gptopt.export.stream import Claim, open_graph
+from gptopt.export.stream import Claim, Growing, Shared, open_graph
 from gptopt.export.trace import Exportable
+from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ def prove(
     *,
     vocab_size: int | None = None,
     cases: Collection[str] | None = None,
+    file: EdgeFile | None = None,
 ) -> Proof:
     """Compare an ONNX file with the model it was made from, in every way that clients use it.
 
@@ -132,6 +134,7 @@ def prove(
         model: the model in float32, in evaluation mode (see `trace.Exportable`).
         vocab_size: ids that occur in texts, where the vocabulary is padded.
         cases: names of the cases to play; None is all of them.
+        file: what is known of the file; none: a growing cache, padding anywhere.
 
     Raises:
         CheckFailed: onnxruntime refuses the file, or it does not have the contract's names.
@@ -139,9 +142,15 @@ def prove(
     started = time.monotonic()
     config = cast(Exportable, model).config
     assert config.vocab_size is not None
-    causal = config.causal
+    causal, file = config.causal, file or EdgeFile()
+    session = open_graph(path, config, file)
+    growing = Growing(session)
+    shared = file.cache == "shared"
     stage = plays.Stage(
-        graph=open_graph(path, config),
+        graph=Shared(session, config.block_size) if shared else growing,
+        growing=growing,
+        padding=file.padding,
+        keeps=session.keeps,
         causal=causal,
         random=np.random.default_rng(_SEED),
         vocab_size=vocab_size or config.vocab_size,
@@ -150,7 +159,7 @@ def prove(
     )
     reference = Reference(model, causal=causal)
     proof = Proof()
-    for name, case in (plays.CACHED if causal else plays.UNCACHED).items():
+    for name, case in plays.cases_of(stage).items():
         if cases is not None and name not in cases:
             continue
         claims = [claim for stream in case(stage) for claim in stream.claims]

@@ -3,43 +3,87 @@
 from pathlib import Path
 from typing import Any
 
-from gptopt.checkpoint import load_model
+from gptopt.checkpoint import LoadedModel, load_model
 from gptopt.config import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
+from gptopt.export.calibration import Calibration
 from gptopt.export.card import proof_table
-from gptopt.export.package import GRAPH, export_model
+from gptopt.export.package import Plan, export_model
+from gptopt.export.precisions import Precision, find_precisions
+from gptopt.export.targets import check_precisions, find_targets
 from gptopt.export.validate import prove
 from gptopt.log import say
 from gptopt.runtime.folder import load_config, model_file, verify_folder
+from gptopt.runtime.variants import EdgeFile, edge_files
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
     """Export a model, and show the proof.
 
     Returns:
-        The report (see README, "report.json") and `out`, the folder.
+        The report (see README, "report.json") and `out`, the folder; of several targets `out` and
+        under `targets` the report of each.
 
     Raises:
-        UserError: no such model, or the folder exists.
-        CheckFailed: the proof does not hold; no folder is written.
+        UserError: no such model, a folder exists, or a target cannot do what was asked for.
+        CheckFailed: a proof does not hold; that folder is not written.
     """
+    targets, precisions = find_targets(options.target), find_precisions(options.precision)
+    for target in targets:
+        check_precisions(target, [each.name for each in precisions])
     out = Path(options.out)
-    if (out.exists() or out.is_symlink()) and not options.force:  # before a large model is read
-        raise UserError(f"{out}: exists already; choose another folder, or replace it with --force")
+    folders = {each.name: out / each.name if len(targets) > 1 else out for each in targets}
+    for folder in folders.values():  # before a large model is read
+        if (folder.exists() or folder.is_symlink()) and not options.force:
+            raise UserError(
+                f"{folder}: exists already; choose another folder, or replace it with --force"
+            )
     loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
-    report = export_model(loaded.model, loaded.tokenizer, out, force=options.force)
-    if not options.json_output:
-        say(proof_table(report))
-        size = sum(report["files"].values())
-        say(f"{out}: {report['parameters']:,} parameters, {size:,} bytes, proven")
-    return {"out": str(out), **report}
+    plan = _plan(options, loaded, precisions)
+    reports = {}
+    for target in targets:
+        report = export_model(
+            loaded.model, loaded.tokenizer, folders[target.name], force=options.force,
+            target=target, plan=plan,
+        )  # fmt: skip
+        reports[target.name] = report
+        if not options.json_output:
+            _show(folders[target.name], report)
+    if len(targets) == 1:
+        return {"out": str(out), **reports[targets[0].name]}
+    return {"out": str(out), "targets": reports}
+
+
+def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precision]) -> Plan:
+    calibration = None
+    if options.calibration is not None:
+        if loaded.tokenizer is None:
+            raise UserError(
+                f"--calibration {options.calibration}: {options.model} has no tokenizer to read it"
+            )
+        calibration = Calibration.from_file(
+            loaded.model, Path(options.calibration), loaded.tokenizer
+        )
+    keep = None if options.keep_stages is None else Path(options.keep_stages)
+    return Plan(precisions, calibration, options.cache == "int8", keep)
+
+
+def _show(folder: Path, report: dict[str, Any]) -> None:
+    for name, variant in report["variants"].items():
+        if len(report["variants"]) > 1:
+            say(f"{name}: {variant['file']}")
+        say(proof_table(variant))
+        for note in variant["notes"]:
+            say(f"{note['stage']}: {note['where']}: {note['what']}; {note['reason']}")
+    size = sum(report["files"].values())
+    say(f"{folder}: {report['parameters']:,} parameters, {size:,} bytes, proven")
 
 
 def validate(options: ValidateOptions) -> dict[str, Any]:
     """Prove an exported folder again, and show the proof.
 
     Returns:
-        `folder` and the proof's part of the report.
+        `folder`, the first file's proof, and under `variants` the proof of each file.
 
     Raises:
         UserError: no exported folder, no such model, or a model of other sizes.
@@ -48,6 +92,7 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
     folder = Path(options.folder)
     verify_folder(folder)
     sizes = load_config(folder)
+    files = _chosen(folder, options.precision)
     loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
     model = loaded.model
     for name in ("n_layer", "kv_heads", "head_size", "vocab_size", "block_size", "causal"):
@@ -57,15 +102,31 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
                 f"{folder}: was exported from a model with {name}={sizes[name]}, "
                 f"{options.model} has {found}; give the model that it was exported from"
             )
-    proof = prove(model_file(folder), model, vocab_size=sizes["tokenizer_size"])
-    result = {"folder": str(folder), **proof.as_dict()}
-    if not options.json_output:
-        say(proof_table(result))
-    if not proof.passed:
-        raise CheckFailed(
-            f"{folder}/{GRAPH}: does not say what {options.model} says: {proof.failure}; export "
-            f"the model again"
-        )
+    proofs = {}
+    for name, file in files.items():
+        path = model_file(folder, file.file)
+        proof = prove(path, model, vocab_size=sizes["tokenizer_size"], file=file)
+        proofs[name] = proof.as_dict()
+        if not options.json_output:
+            say(f"{name}: {file.file}\n" * (len(files) > 1) + proof_table(proofs[name]))
+        if not proof.passed:
+            raise CheckFailed(
+                f"{folder}/{file.file}: does not say what {options.model} says: {proof.failure}; "
+                f"export the model again"
+            )
     if not options.json_output:
         say(f"{folder}: says what {options.model} says")
-    return result
+    return {"folder": str(folder), **next(iter(proofs.values())), "variants": proofs}
+
+
+def _chosen(folder: Path, precision: str) -> dict[str, EdgeFile]:
+    files = edge_files(folder)
+    if precision == "all":
+        return files
+    names = [name.strip() for name in precision.split(",")]
+    for name in names:
+        if name not in files:
+            raise UserError(
+                f"--precision {name}: {folder} has {', '.join(files)}; choose one of these, or all"
+            )
+    return {name: files[name] for name in names}

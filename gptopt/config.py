@@ -4,9 +4,11 @@ Imports no torch, so that `--help` is instant. Sizes follow DESIGN's alphabet: C
 H = n_head query heads, K = n_kv_head key/value heads, D = head_dim, F = n_inner, V = vocab_size.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from gptopt.presets import PRESETS as PRESETS
 
 Activation = Literal["relu", "relu2", "gelu", "gelu_tanh", "swiglu", "geglu"]
 GATED_ACTIVATIONS: frozenset[str] = frozenset({"swiglu", "geglu"})
@@ -236,7 +238,26 @@ class ExportOptions(Options):
     """Export a model to ONNX, prove the export, and write the folder only if the proof holds."""
 
     model: str = Field(description="model folder, run folder, Hugging Face folder or hf:org/name")
-    out: str = Field(description="exported folder to write")
+    out: str = Field(description="exported folder to write; of several targets: holds one each")
+    target: str = Field(
+        "portable",
+        description="what the graphs are made for, comma-separated: portable, ort-cpu, ort-cuda, "
+        "web, standard, legacy",
+    )
+    precision: str = Field(
+        "fp32",
+        description="files to write, comma-separated, the default one first: fp32, fp16, q8, q4, "
+        "q4f16, q2",
+    )
+    cache: Literal["fp32", "int8"] = Field(
+        "fp32", description="keys and values as computed, or in int8 (needs --calibration)"
+    )
+    calibration: str | None = Field(
+        None, description="text file that shows how the model is used, for better quantised weights"
+    )
+    keep_stages: str | None = Field(
+        None, description="folder that receives the graph of every stage"
+    )
     force: bool = Field(False, description="replace the folder if it exists")
     checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
@@ -247,6 +268,7 @@ class ValidateOptions(Options):
 
     folder: str = Field(description="exported folder")
     model: str = Field(description="the model it was exported from")
+    precision: str = Field("all", description="files to prove, comma-separated, or all")
     checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
@@ -315,7 +337,37 @@ class DemoOptions(Options):
 class DoctorOptions(Options):
     """What is installed, and which operator body would run here and why."""
 
+    kernels: bool = Field(
+        False,
+        description="prove each operator's Triton kernels on this machine, and keep the proof",
+    )
+    compile_only: bool = Field(
+        False,
+        description="with --kernels: compile them for every GPU instead, with none present; all "
+        "of it is an hour on one core (TRITON_CACHE_DIR keeps what was compiled)",
+    )
+    arch: list[Literal["sm_80", "sm_90", "sm_100", "gfx942"]] = Field(
+        [], description="with --compile-only: for this architecture only (may be repeated)"
+    )
+    operator: list[Literal["attention", "cross_entropy", "ffn", "layernorm", "rotary"]] = Field(
+        [], description="with --compile-only: this operator's only (may be repeated)"
+    )
+    output: str | None = Field(
+        None, description="with --compile-only: also write a row for each kernel to this JSON file"
+    )
+    workers: int = Field(1, ge=1, description="with --compile-only: processes side by side")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+    @model_validator(mode="after")
+    def _needs(self) -> Self:
+        if self.compile_only and not self.kernels:
+            raise ValueError("--compile-only compiles the kernels; say --kernels --compile-only")
+        narrowed = self.arch or self.operator or self.output or self.workers > 1
+        if narrowed and not self.compile_only:
+            raise ValueError(
+                "--arch, --operator, --output and --workers are of --kernels --compile-only; add it"
+            )
+        return self
 
 
 class BenchOptions(Options):
@@ -343,50 +395,3 @@ class BenchOptions(Options):
     rounds: int = Field(0, ge=0, le=10_000, description="rounds of turns (0: as time allows)")
     nanogpt: str | None = Field(None, description="of training: a checkout of nanoGPT to run too")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "gpt-tiny": {
-        "description": "4 layers x 128 channels, context 128: minutes on a laptop",
-        "model": {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": 128},
-    },
-    "transformer-2017": {
-        "description": "the classic decoder: ReLU, post-norm, sinusoidal positions",
-        "model": {
-            "n_layer": 6, "n_head": 8, "n_embd": 512, "n_inner": 2048, "block_size": 512,
-            "activation": "relu", "norm_position": "post", "position": "sinusoidal", "dropout": 0.1,
-        },
-    },
-    "gpt2": {
-        "description": "GPT-2 124M",
-        "model": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
-    },
-    "gpt2-medium": {
-        "description": "GPT-2 355M",
-        "model": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
-    },
-    "gpt2-large": {
-        "description": "GPT-2 774M",
-        "model": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
-    },
-    "gpt2-xl": {
-        "description": "GPT-2 1.5B",
-        "model": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
-    },
-    "llama-110m": {
-        "description": "llama-like 110M: rotary, RMSNorm, SwiGLU, no biases",
-        "model": {
-            "n_layer": 12, "n_head": 12, "n_kv_head": 12, "n_embd": 768, "n_inner": 2048,
-            "block_size": 1024, "bias": False, "activation": "swiglu", "norm": "rmsnorm",
-            "position": "rotary",
-        },
-    },
-    "llama-1b": {
-        "description": "llama-like 1B with grouped queries",
-        "model": {
-            "n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "n_inner": 8192,
-            "block_size": 2048, "bias": False, "activation": "swiglu", "norm": "rmsnorm",
-            "position": "rotary", "rotary_base": 500000.0,
-        },
-    },
-}  # fmt: skip

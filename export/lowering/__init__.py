@@ -17,23 +17,34 @@ from torch.export import ExportedProgram
 import gptopt
 from gptopt.errors import UserError, first_line
 from gptopt.export.contract import Contract
-from gptopt.export.lowering import attention, ffn, layernorm, rotary
+from gptopt.export.lowering import attention, ffn, gqa, layernorm, rotary
 from gptopt.export.lowering.constants import embed_constants
+from gptopt.export.notes import Notes
 from gptopt.export.targets import Target
 from gptopt.export.trace import PREFIX, quiet
+
+_OLDEST = 18  # opset that torch.onnx writes; passes.downgrade goes below
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
 
-def table() -> Table:
+def table(target: Target) -> Table:
     """Operator -> what it becomes. cross_entropy has no ONNX body: an export ends at the logits."""
     operators = torch.ops.gptopt
     return {
-        operators.attention.default: attention.lower,
-        operators.ffn.default: ffn.lower,
-        operators.layernorm.default: layernorm.lower,
-        operators.rotary.default: rotary.lower,
+        operators.attention.default: attention.lowering(target),
+        operators.ffn.default: ffn.lowering(target.operators),
+        operators.layernorm.default: layernorm.lowering(target.operators),
+        operators.rotary.default: rotary.lowering(target.operators),
     }
+
+
+def fit(program: ExportedProgram, target: Target, notes: Notes) -> Target:
+    """The target as this model can use it: one that GroupQueryAttention refuses does without."""
+    if target.attention == "gqa" and (reason := gqa.obstacle(program)) is not None:
+        notes.add("lower", "attention", "the standard Attention operator", reason)
+        return target.without_gqa()
+    return target
 
 
 def lower(program: ExportedProgram, contract: Contract, target: Target) -> ir.Model:
@@ -58,8 +69,8 @@ def translate(program: ExportedProgram, target: Target) -> ir.Model:
                 dynamo=True,
                 verbose=False,
                 optimize=False,
-                opset_version=target.opset,
-                custom_translation_table=table(),
+                opset_version=max(target.opset, _OLDEST),
+                custom_translation_table=table(target),
             )
         except Exception as error:
             # torch.onnx wraps whatever happens; the first cause says what was not understood.

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from random_models import random_gpt
 
-from gptopt.export.package import build_graph
+from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.targets import STANDARD
 
 
@@ -25,12 +25,13 @@ def _one_thread():
 
 @pytest.fixture(scope="session")
 def export(tmp_path_factory):
-    """Write the graph of a model; the path of the ONNX file."""
+    """Write the graph of a model; the path of the ONNX file, and how the target was fitted."""
 
-    def run(model):
+    def run(model, target=STANDARD, told=False):
         path = tmp_path_factory.mktemp("graph") / "model.onnx"
-        ir.save(build_graph(model, model.config, STANDARD), path)
-        return path
+        build = Build(target)
+        ir.save(build_graph(model, model.config, build), path)
+        return (path, build) if told else path
 
     return run
 

@@ -96,7 +96,7 @@ def exported(model, tmp_path_factory):
 def test_it_exports_proves_and_would_fail_without_a_block(model, exported, tmp_path):
     folder, report = exported
     assert report["passed"]
-    assert len(report["cases"]) == 11
+    assert len(report["cases"]) == 12
     assert report["greedy"]["agreeing"] == report["greedy"]["tokens"] == 61
     path = folder / "onnx" / "model.onnx"
     for i in range(3):

@@ -114,10 +114,12 @@ def test_the_reference_is_the_plain_model_on_each_text():
 class Recorder:
     """Stands for a graph: notes what it is fed, and says back each token's position."""
 
+    shared = False
+
     def __init__(self):
         self.fed = []
 
-    def run(self, ids, mask, positions, past):
+    def run(self, ids, mask, positions, past, keep=0):
         cache = ids[:, None, :, None] + np.zeros((1, 1, 1, 1))
         past = [np.concatenate((part, cache), axis=2) for part in past] if past else [cache] * 2
         self.fed.append((ids, mask.astype(int), positions, past[0].shape))
@@ -154,7 +156,10 @@ def test_a_stream_follows_beams_and_rewinds():
 
 def test_a_context_too_long_for_float64_is_tested_at_its_last_positions():
     graph = Recorder()
-    stage = Stage(graph, True, np.random.default_rng(0), 10, 10**6, 10**9)
+    stage = Stage(
+        graph=graph, growing=graph, padding="any", keeps=False, causal=True,
+        random=np.random.default_rng(0), vocab_size=10, block_size=10**6, parameters=10**9,
+    )  # fmt: skip
     (stream,) = context_edge(stage)
     assert graph.fed[-1][2].tolist() == [[10**6 - 1]]
     assert sum(ids.shape[1] for ids, *_ in graph.fed) == 16

@@ -6,7 +6,7 @@ import platform
 import sys
 from typing import Any
 
-from gptopt import __version__
+from gptopt import __version__, doctor_kernels
 from gptopt.config import DoctorOptions
 from gptopt.log import say
 
@@ -22,8 +22,20 @@ def doctor(options: DoctorOptions) -> dict[str, Any]:
 
     Returns:
         gptopt, python, platform, packages {name: version | null}, devices [{name, memory_bytes}],
-        providers [onnxruntime providers], operators {op: {body, reason}}, problems [text].
+        providers [onnxruntime providers], operators {op: {body, reason}}, problems [text],
+        kernels {what they cost, see `doctor_kernels.shipped`}; with --kernels proofs {op: {passed,
+        cases, worst, reason}}, or with --compile-only kernels compiled now.
+
+    Raises:
+        CheckFailed: a proof failed, or a kernel compiled now must not be shipped.
     """
+    # First: a GPU in use has configurations of its own, and what is proven shows in the operators.
+    if options.compile_only:
+        kernels: dict[str, Any] = {"kernels": doctor_kernels.compile_kernels(options)}
+    else:
+        kernels = {"kernels": doctor_kernels.shipped()}
+        if options.kernels:
+            kernels["proofs"] = doctor_kernels.prove_kernels()
     packages = {name: _version(name) for name in PACKAGES}
     report: dict[str, Any] = {
         "gptopt": __version__,
@@ -34,9 +46,11 @@ def doctor(options: DoctorOptions) -> dict[str, Any]:
         "providers": _providers(),
         "operators": _operators(),
         "problems": _problems(packages),
+        **kernels,
     }
     if not options.json_output:
         _show(report)
+    doctor_kernels.fail_where_wrong(report)
     return report
 
 
@@ -109,5 +123,9 @@ def _show(report: dict[str, Any]) -> None:
     say("providers    " + (", ".join(report["providers"]) or "-"))
     for op, choice in report["operators"].items():
         say(f"{op:<17}{choice['body']}: {choice['reason']}")
+    if report["kernels"] is not None:
+        doctor_kernels.show_compiled(report["kernels"])
+    if "proofs" in report:
+        doctor_kernels.show_proofs(report["proofs"])
     for problem in report["problems"]:
         say("problem      " + problem)

@@ -9,7 +9,6 @@ The cases come from each operator's `aot_cases()`, with the configurations that 
 import contextlib
 import importlib
 import importlib.util
-import json
 import os
 import re
 import subprocess
@@ -17,7 +16,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from gptopt.kernels.compiled import Row
 from gptopt.kernels.launch import INTERPRETED, AotCase
+
+Job = tuple[str, int, str]  # package, index of the case, architecture
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # Shared memory that one block can have, in bytes.
@@ -35,44 +36,44 @@ SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, 
 _MATRIX_UNITS = (("tcgen05.mma", "tcgen05"), ("wgmma.mma_async", "wgmma"), ("mma.sync", "mma"))
 
 
-@dataclass(frozen=True)
-class Row:
-    """One compiled kernel.
-
-    registers: for each thread. spill_bytes: for each thread, in local memory. shared_bytes: for
-    each block. matrix: the matrix instruction in use, "" where there is none. problem: what keeps
-    this kernel from being shipped, "" where nothing does.
-    """
-
-    operator: str
-    kernel: str
-    label: str
-    arch: str
-    num_warps: int
-    num_stages: int
-    sizes: dict[str, int]
-    registers: int = 0
-    spill_bytes: int = 0
-    shared_bytes: int = 0
-    matrix: str = ""
-    problem: str = ""
-
-
 def compile_all(
     archs: Sequence[str] = ARCHS,
     operators: Sequence[str] | None = None,
     *,
     match: str = "",
-    path: Path | None = None,
     workers: int = 1,
 ) -> list[Row]:
-    """Compile all cases of `operators` (None: of all that have kernels) for `archs`.
+    """All rows of `compile_each`."""
+    return list(compile_each(jobs(archs, operators, match=match), workers=workers))
+
+
+def jobs(
+    archs: Sequence[str] = ARCHS, operators: Sequence[str] | None = None, *, match: str = ""
+) -> list[Job]:
+    """What there is to compile.
 
     Args:
         archs: "sm_80", "sm_90", "sm_100", ..., "gfx942".
-        operators: names of packages, so "attention" holds attention_decode too.
+        operators: names of packages, so "attention" holds attention_decode too; None is all.
         match: a regular expression that "<kernel> <label>" has to contain.
-        path: also write the rows there, as JSON.
+    """
+    return [
+        (operator, index, arch)
+        for operator in (compilable() if operators is None else operators)
+        for index, case in enumerate(cases(operator))
+        if re.search(match, f"{case.kernel.__name__} {case.label}")
+        for arch in archs
+        if not case.archs or arch in case.archs
+    ]
+
+
+def compile_each(jobs: Sequence[Job], *, workers: int = 1) -> Iterator[Row]:
+    """Compile, and give each row as it comes; what goes wrong is the row's problem.
+
+    What was compiled is kept only in $TRITON_CACHE_DIR, where that is set: an hour of it is
+    gigabytes, but a second run then takes minutes.
+
+    Args:
         workers: processes that compile side by side.
 
     Raises:
@@ -83,22 +84,14 @@ def compile_all(
             "triton interprets in this process (TRITON_INTERPRET=1), expected one that compiles: "
             "unset it and start again"
         )
-    jobs = [
-        (operator, index, arch)
-        for operator in (compilable() if operators is None else operators)
-        for index, case in enumerate(cases(operator))
-        if re.search(match, f"{case.kernel.__name__} {case.label}")
-        for arch in archs
-        if not case.archs or arch in case.archs
-    ]
     if workers == 1:
-        rows = [_compile_job(*job) for job in jobs]
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            rows = list(pool.map(_compile_job, *zip(*jobs, strict=True), chunksize=4))
-    if path is not None:
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return rows
+        yield from (_compile_job(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        try:
+            yield from pool.map(_compile_job, *zip(*jobs, strict=True), chunksize=4)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def compilable() -> list[str]:
@@ -121,14 +114,14 @@ def compile_case(case: AotCase, arch: str) -> Row:
     config = case.config(arch)
     facts: dict[str, Any] = {}
     try:
-        with _quiet():
+        with _quiet(), _kept_nowhere():
             compiled = triton.compile(
                 _source(case, {**case.constexprs, **config.sizes}),
                 target=_target(arch),
                 options={"num_warps": config.num_warps, "num_stages": config.num_stages},
             )
         facts = _facts(compiled, arch)
-        problem = _problem(facts, arch)
+        problem = _problem(facts, arch, config.sizes[case.tile] if case.dot else 0)
     except Exception as error:
         problem = f"does not compile: {type(error).__name__}: {str(error).strip()[:600]}"
     return Row(
@@ -210,13 +203,29 @@ def _hip_facts(assembly: str) -> dict[str, Any]:
     }
 
 
-def _problem(facts: dict[str, Any], arch: str) -> str:
+def _problem(facts: dict[str, Any], arch: str, tile: int = 0) -> str:
+    """tile: rows of the matrix products that must run on the chip's matrix unit, 0 without."""
     if facts["spill_bytes"]:
         return f"spills {facts['spill_bytes']} bytes of registers"
     limit = SHARED_LIMIT.get(arch)
     if limit is not None and facts["shared_bytes"] > limit:
         return f"needs {facts['shared_bytes']} bytes of shared memory, the chip has {limit}"
+    if arch == "sm_90" and tile >= 64 and facts["matrix"] != "wgmma":
+        return f"does not use wgmma, with a tile of {tile} rows"
+    if tile and not facts["matrix"]:
+        return "does not use the matrix unit"
     return ""
+
+
+@contextlib.contextmanager
+def _kept_nowhere() -> Iterator[None]:
+    """Let the compiler forget what it compiled, unless its cache was given a place."""
+    if "TRITON_CACHE_DIR" in os.environ:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        yield
 
 
 @contextlib.contextmanager

@@ -73,6 +73,11 @@ def explain(device: torch.device | str, *, prove: bool = False) -> dict[str, tup
     return {operator: _choice(operator, torch.device(device), prove) for operator in OPERATORS}
 
 
+def obstacle(operator: str, device: torch.device | str) -> str | None:
+    """Why the Triton body of `operator` cannot run on `device` at all; None if it can."""
+    return _obstacle(operator, torch.device(device))
+
+
 def _choice(operator: str, device: torch.device, prove: bool) -> tuple[Body, str]:
     obstacle = _obstacle(operator, device) or _unproven(operator, device, prove)
     return ("triton", "proven on this machine") if obstacle is None else ("reference", obstacle)

@@ -151,7 +151,7 @@ class _Step:
     def _try_capture(self) -> None:
         try:
             with torch.cuda.device(self._inputs.device):
-                stream = torch.cuda.Stream()
+                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 stream.wait_stream(torch.cuda.current_stream())
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UPS):

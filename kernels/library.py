@@ -93,7 +93,7 @@ def call(name: str, *arguments: Any) -> Any:
 
 def _with_autograd(name: str, *arguments: Any) -> Any:
     """An operator on the Autograd key: through its Function where a gradient may be asked for."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         apply: Any = _FUNCTIONS[name].apply
         return apply(*arguments)
     # A Function is told which inputs want gradients even where none are recorded.
@@ -108,7 +108,7 @@ def _plain(arguments: Sequence[Any]) -> bool:
         or _C._len_torch_function_stack()
         or _C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or torch.autograd._profiler_enabled()  # its table shows operators by name
+        or _C._autograd._profiler_enabled()  # its table shows operators by name
     ):
         return False
     keys = _plain_keys()

@@ -109,8 +109,13 @@ def test_transforms_take_the_dispatcher(tensors, dispatched):
     dispatched.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of torch's own decompositions
-        with pytest.raises(RuntimeError, match="jvp"), forward_ad.dual_level():
-            norm(forward_ad.make_dual(x, x), weight)
+        for grad in (True, False):
+            with (
+                torch.set_grad_enabled(grad),
+                pytest.raises(RuntimeError, match="jvp"),
+                forward_ad.dual_level(),
+            ):
+                norm(forward_ad.make_dual(x, x), weight)
     assert dispatched
 
 

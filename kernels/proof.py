@@ -79,7 +79,10 @@ def prove(operator: str, device: torch.device) -> ProofResult:
             try:
                 share, what = _share_of_budget(case)
             except Exception as error:
-                share, what = math.inf, f"{type(error).__name__}: {str(error).strip()[:200]}"
+                share, what = (
+                    math.inf,
+                    f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+                )
             worst = max(worst, share)
             if not share <= 1.0:
                 return ProofResult(operator, False, count, worst, f"{case.name}: {what}")

@@ -51,7 +51,7 @@ def test_a_kernel_that_raises_fails_with_the_reason(device, monkeypatch):
     module = importlib.import_module("gptopt.kernels.layernorm.triton")
 
     def broken(*_, **__):
-        raise RuntimeError("no such instruction")
+        raise RuntimeError("no such\n  instruction\n")
 
     monkeypatch.setattr(module, "launch", broken)
     result = proof.prove("layernorm", device)

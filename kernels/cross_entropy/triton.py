@@ -299,7 +299,7 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left.float(), right.float())
     elif torch.version.hip:  # its library has no product of half precision into float32
         total.add_(torch.mm(left, right))
-    else:
+    else:  # one product of cuBLAS; takes a total of another dtype than theirs since torch 2.10
         torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
 
 

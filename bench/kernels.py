@@ -88,6 +88,7 @@ class _CaseBench:
 
     def run(self) -> None:
         case = self.case
+        torch._dynamo.reset()  # one case's code must not count as a recompilation of another's
         try:
             inputs = make_inputs(case, self.device)
             cotangents = make_cotangents(case, self.device)

@@ -38,7 +38,7 @@ def gpu(index: int) -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "l2_bytes": getattr(found, "L2_cache_size", None),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         **_gpu_state(index),
     }
 

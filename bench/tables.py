@@ -48,7 +48,7 @@ def spread_note() -> str:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    spread = row.get("cold") or row.get("step")
+    spread: Row = row.get("cold") or row["step"]
     right: Any = row.get("correct")
     said = {True: "yes", False: "WRONG", None: "bound" if row.get("bound") else "not checked"}[
         right

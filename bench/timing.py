@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -178,7 +179,7 @@ class CudaClock:
         self._sleep(cycles)
         after.record()
         after.synchronize()
-        return cycles / max(before.elapsed_time(after), 1e-3)
+        return float(cycles / max(before.elapsed_time(after), 1e-3))
 
     def _hold(self, host_ms: float) -> None:
         """Keep the device busy for as long as the host needs to queue a call."""
@@ -218,7 +219,8 @@ def measure(
     """
     timings = {subject.name: Timing() for subject in subjects}
     for subject in subjects:
-        _attempt(timings[subject.name], lambda s=subject: _first_calls(clock, s, timings[s.name]))
+        timing = timings[subject.name]
+        _attempt(timing, partial(_first_calls, clock, subject, timing))
     alive = [subject for subject in subjects if timings[subject.name].error is None]
     orders = balanced_orders(len(alive))
     # A visit runs a call three times: cold, and twice for warm.
@@ -229,7 +231,7 @@ def measure(
             subject = alive[place]
             timing = timings[subject.name]
             if timing.error is None:
-                _attempt(timing, lambda s=subject, t=timing: _visit(clock, s, t))
+                _attempt(timing, partial(_visit, clock, subject, timing))
     return timings
 
 

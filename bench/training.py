@@ -100,7 +100,7 @@ def bench_training(
     narrow = torch.bfloat16 if device.type == "cuda" else torch.float32
     same = _losses(_own(chosen, device, narrow, "reference", compiled=False))
     free_memory()
-    runners = []
+    runners: list[_Runner] = []
     for name, build in _contenders(chosen, device, narrow, options):
         if options.contenders and name not in options.contenders:
             continue
@@ -265,7 +265,8 @@ class RandomTokens:
     def batch(self, offsets: npt.ArrayLike, block_size: int) -> npt.NDArray[np.int64]:
         """Blocks of block_size + 1 tokens: (B, T + 1)."""
         starts = np.asarray(offsets, dtype=np.int64)[:, None]
-        return self._ids[starts + np.arange(block_size + 1)]
+        blocks: npt.NDArray[np.int64] = self._ids[starts + np.arange(block_size + 1)]
+        return blocks
 
 
 def _tokens(chosen: Setting) -> RandomTokens:

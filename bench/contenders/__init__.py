@@ -68,7 +68,6 @@ def compiled(build: Callable[[Case, Inputs], Call]) -> Contender:
 
 def compile_call(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` under torch.compile, tuned, for these shapes alone."""
-    torch._dynamo.reset()  # one case's code must not count as a recompilation of another's
     result: Callable[..., Any] = torch.compile(
         function, mode=COMPILE_MODE, dynamic=False, fullgraph=True
     )

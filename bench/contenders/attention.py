@@ -3,12 +3,13 @@
 import contextlib
 from collections.abc import Iterator
 from math import sqrt
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils import deterministic
+from torch.utils import deterministic as _memory
 
 from gptopt.bench.cases import Case
 from gptopt.bench.contenders import (
@@ -92,11 +93,12 @@ def _deterministic() -> Iterator[None]:
     """Deterministic algorithms, without the filling of fresh memory that torch does beside them."""
     before = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = deterministic.fill_uninitialized_memory
+    memory: Any = _memory  # its one setting is a property that no type checker sees
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    deterministic.fill_uninitialized_memory = False
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warned)
-        deterministic.fill_uninitialized_memory = filled
+        memory.fill_uninitialized_memory = filled

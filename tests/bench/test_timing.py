@@ -7,9 +7,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from gptopt.bench import timing  # noqa: E402
 from gptopt.bench.timing import (  # noqa: E402
     MIN_ROUNDS,
     CpuClock,
+    CudaClock,
     Spread,
     Subject,
     TimeBudget,
@@ -88,3 +90,62 @@ def test_a_budget_ends():
     assert not TimeBudget(None).is_spent()
     assert not TimeBudget(5).is_spent()
     assert TimeBudget(1e-9).is_spent()
+
+
+class _Device:
+    """A GPU that needs no GPU: its clock moves by what is put on it."""
+
+    now, log = 0.0, []
+
+    class Event:
+        """A moment."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = _Device.now
+
+        def synchronize(self):
+            pass
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def sleep(cycles):
+        assert isinstance(cycles, int)
+        _Device.now += cycles / 1e6
+        _Device.log.append("hold")
+
+
+def test_a_gpu_is_timed_by_events_around_the_call_alone(monkeypatch):
+    _Device.now, _Device.log = 0.0, []
+    cuda = torch.cuda
+    for name, value in {
+        "Event": _Device.Event,
+        "_sleep": _Device.sleep,
+        "synchronize": lambda device: None,
+        "get_device_properties": lambda device: type("P", (), {"L2_cache_size": 2**20}),
+        "memory_allocated": lambda device: 100,
+        "max_memory_allocated": lambda device: 175,
+        "reset_peak_memory_stats": lambda device: None,
+    }.items():
+        monkeypatch.setattr(cuda, name, value)
+    monkeypatch.setattr(timing, "_GPU_FLUSH_BYTES", 1024)
+    clock = CudaClock(torch.device("cpu"))
+    _Device.log.clear()
+
+    def run(state):
+        assert state == "prepared"
+        _Device.now += 5.0
+        _Device.log.append("run")
+
+    subject = Subject("a", run, lambda: _Device.log.append("prepare") or "prepared")
+    assert clock.time(subject, cold=True) == pytest.approx(5.0)
+    assert _Device.log == ["prepare", "hold", "run"]
+    _Device.log.clear()
+    assert clock.time(subject, cold=False) == pytest.approx(5.0)
+    assert _Device.log == ["prepare", "run", "prepare", "hold", "run"]
+    assert clock.peak_bytes(subject) == 75
+    wall_ms, host_ms = clock.wall(subject)
+    assert wall_ms >= host_ms == subject.host_ms > 0

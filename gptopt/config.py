@@ -353,7 +353,7 @@ class DoctorOptions(Options):
         [], description="with --compile-only: this operator's only (may be repeated)"
     )
     output: str | None = Field(
-        None, description="with --compile-only: also write a row for each kernel to this JSON file"
+        None, description="with --compile-only: JSON file with a row for each kernel, gone on with"
     )
     workers: int = Field(1, ge=1, description="with --compile-only: processes side by side")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")

@@ -27,6 +27,8 @@ def shipped() -> dict[str, Any] | None:
 def compile_kernels(options: DoctorOptions) -> dict[str, Any]:
     """Compile every shipped configuration, as `shipped` with problems [text] and fresh True.
 
+    Rows that --output has already, of the same sources and configurations, are not compiled again.
+
     Raises:
         UserError: triton is missing or interprets, or the table cannot be read or written.
     """
@@ -36,31 +38,31 @@ def compile_kernels(options: DoctorOptions) -> dict[str, Any]:
     from gptopt.kernels import aot, compiled
 
     output = Path(options.output) if options.output else None
-    table = compiled.Table(triton.__version__)
     try:
+        table = compiled.Table(triton.__version__)
         if output is not None and output.exists():
-            known = compiled.read(output)
-            table = known if known.triton == triton.__version__ else table
+            found = compiled.read(output)
+            table = found if found.triton == table.triton else table
         jobs = aot.jobs(options.arch or aot.ARCHS, options.operator or None)
-        rows, problems = [], 0
-        with progress(len(jobs), "kernels") as shown:
-            for row in aot.compile_each(jobs, workers=options.workers):
-                rows.append(row)
-                problems += bool(row.problem)
-                shown.update(1, problems=problems, at=f"{row.arch} {row.kernel} {row.label}")
-        fresh = compiled.Table(triton.__version__).updated(rows)
-        if output is not None:
-            compiled.write(output, table.updated(rows))
+        known = aot.known(jobs, table)
+        rows, missing = list(known.values()), [job for job in jobs if job not in known]
+        try:
+            with progress(len(missing), "kernels") as shown:
+                for row in aot.compile_each(missing, workers=options.workers):
+                    rows.append(row)
+                    shown.update(1, at=f"{row.arch} {row.kernel} {row.label}")
+        finally:  # an hour's work is not lost to Ctrl-C
+            if output is not None and rows:
+                compiled.write(output, table.updated(rows))
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror}; choose another file") from None
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from None
-    return {
-        **_summary(compiled.summarise(fresh), fresh=True),
-        "problems": [
-            f"{row.arch} {row.kernel} {row.label}: {row.problem}" for row in rows if row.problem
-        ],
-    }
+    summary = compiled.summarise(compiled.Table(triton.__version__).updated(rows))
+    problems = [
+        f"{row.arch} {row.kernel} {row.label}: {row.problem}" for row in rows if row.problem
+    ]
+    return {**_summary(summary, fresh=True), "problems": problems}
 
 
 def prove_kernels() -> dict[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ The cases come from each operator's `aot_cases()`, with the configurations that 
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import os
@@ -24,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gptopt.kernels.compiled import Row
-from gptopt.kernels.launch import INTERPRETED, AotCase
+from gptopt.kernels.compiled import Row, Table
+from gptopt.kernels.launch import INTERPRETED, AotCase, Config
 
 Job = tuple[str, int, str]  # package, index of the case, architecture
 
@@ -94,6 +95,17 @@ def compile_each(jobs: Sequence[Job], *, workers: int = 1) -> Iterator[Row]:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+def known(jobs: Sequence[Job], table: Table) -> dict[Job, Row]:
+    """Those of `jobs` that `table` has, of the same sources and with the same configuration."""
+    rows, found = table.current(), {}
+    for job in jobs:
+        case, arch = cases(job[0])[job[1]], job[2]
+        row, config = rows.get((case.kernel.__name__, case.label, arch)), case.config(arch)
+        if row is not None and config == Config(row.sizes, row.num_warps, row.num_stages):
+            found[job] = row
+    return found
+
+
 def compilable() -> list[str]:
     """The operators that have Triton kernels."""
     return [
@@ -103,6 +115,7 @@ def compilable() -> list[str]:
     ]
 
 
+@functools.cache
 def cases(operator: str) -> list[AotCase]:
     """What `operator` asks to be compiled, in a fixed order."""
     module = importlib.import_module(f"gptopt.kernels.{operator}.triton")

@@ -8,10 +8,12 @@ both:
     python -m gptopt.kernels.compiled bench/results/aot.json
 """
 
+import ast
 import functools
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -62,21 +64,47 @@ class Table:
         """With `rows` for all that it had of their architectures and packages."""
         rows = tuple(rows)
         parts = {(row.arch, row.package) for row in rows}
-        kept = tuple(row for row in self.rows if (row.arch, row.package) not in parts)
+        kept = [row for row in self.rows if (row.arch, row.package) not in parts]
         known = {arch: dict(packages) for arch, packages in self.sources.items()}
         for arch, package in sorted(parts):
             known.setdefault(arch, {})[package] = sources(package)
-        return Table(self.triton, known, kept + rows)
+        ordered = sorted([*kept, *rows], key=lambda row: (row.package, row.arch))
+        return Table(self.triton, known, tuple(ordered))
+
+    def current(self) -> dict[tuple[str, str, str], Row]:
+        """The rows of the sources as they are now, by kernel, label and architecture."""
+        return {
+            (row.kernel, row.label, row.arch): row
+            for row in self.rows
+            if self.sources[row.arch][row.package] == sources(row.package)
+        }
 
 
 @functools.cache
 def sources(package: str) -> str:
-    """What the kernels of a package are compiled from, as 12 hexadecimal digits."""
-    folder = _FOLDER / package
+    """What the kernels of a package are compiled from, as 12 hexadecimal digits.
+
+    That is the text of the @jit functions and their constants; the rest of a module may change.
+    """
     digest = hashlib.sha256()
-    for path in (*sorted(folder.glob("triton*.py")), _FOLDER / "launch.py"):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    digest.update((_FOLDER / "configs" / f"{package}.json").read_bytes())
+    for path in (*sorted((_FOLDER / package).glob("triton*.py")), _FOLDER / "launch.py"):
+        text = path.read_text(encoding="utf-8")
+        for node in ast.parse(text).body:
+            found = ast.get_source_segment(text, node) or ""
+            if isinstance(node, ast.FunctionDef):
+                decorators = map(ast.unparse, node.decorator_list)
+                compiled = any(re.search(r"\bjit\b", decorator) for decorator in decorators)
+            else:
+                compiled = "tl.constexpr(" in found
+            digest.update(found.encode() if compiled else b"")
+    return digest.hexdigest()[:12]
+
+
+def configs() -> str:
+    """The shipped configurations, as 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted((_FOLDER / "configs").glob("*.json")):
+        digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
@@ -119,7 +147,12 @@ def summarise(table: Table) -> dict[str, Any]:
             known[name] = max(known[name], getattr(row, name))
         if row.matrix and row.matrix not in known["matrix"]:
             known["matrix"] = sorted([*known["matrix"], row.matrix])
-    return {"triton": table.triton, "sources": table.sources, "archs": archs}
+    return {
+        "triton": table.triton,
+        "sources": table.sources,
+        "configs": configs(),
+        "archs": archs,
+    }
 
 
 _MOST = ("cases", "problems", "registers", "spill_bytes", "shared_bytes")
@@ -132,8 +165,8 @@ def shipped() -> dict[str, Any]:
 
 
 def is_current(summary: Mapping[str, Any], triton: str | None) -> bool:
-    """Whether a summary is of the installed triton and of these sources."""
-    return summary["triton"] == triton and all(
+    """Whether a summary is of the installed triton, these sources and these configurations."""
+    return (summary["triton"], summary["configs"]) == (triton, configs()) and all(
         known == sources(package)
         for packages in summary["sources"].values()
         for package, known in packages.items()

@@ -54,6 +54,12 @@ def llama():
 
 
 @pytest.fixture(scope="module")
+def standard(llama):
+    model, _ = llama
+    return build_graph(model, model.config, Build(STANDARD))
+
+
+@pytest.fixture(scope="module")
 def ids():
     return np.random.default_rng(3).integers(0, 2048, MASK.shape)
 
@@ -266,10 +272,8 @@ def test_a_calibration_text_makes_every_product_better(llama):
     assert sum(with_text.values()) < 0.85 * sum(without.values())
 
 
-def test_positions_and_masks_are_computed_in_float32(ids, tmp_path):
-    model = random_gpt(**LLAMA | {"position": "rotary"})
-    graph = build_graph(model, model.config, Build(STANDARD))
-    half = quantize_graph(graph, PRECISIONS["fp16"], Notes()).graph
+def test_positions_are_computed_in_float32_and_logits_leave_in_it(standard):
+    half = quantize_graph(standard, PRECISIONS["fp16"], Notes()).graph
     waves = [node for node in half if node.op_type in ("Cos", "Sin")]
     assert waves
     assert {value.dtype for node in waves for value in node.inputs} == {ir.DataType.FLOAT}
@@ -287,15 +291,12 @@ def test_a_row_of_padding_only_stays_finite_in_float16(target, ids, tmp_path):
     assert distance(logits(half, ids, tmp_path), wanted) < 0.02
 
 
-def test_a_weight_beyond_float16_is_clipped_and_noted(tmp_path):
-    model = random_gpt(tie_head=False)
-    with torch.no_grad():
-        model.norm.weight[3] = 1e6
+def test_a_weight_beyond_float16_is_clipped_and_noted(standard, tmp_path):
+    graph = standard.clone()
+    weight = graph.graph.initializers["norm.weight"]
+    weight.const_value = ir.Tensor(np.full(32, 1e6, dtype=np.float32))
     notes = Notes()
-    half = quantize_graph(
-        build_graph(model, model.config, Build(STANDARD)), PRECISIONS["fp16"], notes
-    )
-    save(half, tmp_path / "model.onnx", external=False)
+    save(quantize_graph(graph, PRECISIONS["fp16"], notes), tmp_path / "m.onnx", external=False)
     assert [note.where for note in notes.entries if "clipped" in note.what] == ["norm.weight"]
 
 
@@ -328,12 +329,10 @@ def decode(graph, ids, folder):
     return np.concatenate(said, axis=1)
 
 
-def test_an_int8_cache_needs_an_operator_that_reads_it():
-    model = random_gpt()
-    graph = build_graph(model, model.config, Build(STANDARD))
+def test_an_int8_cache_needs_an_operator_that_reads_it(standard):
     ranges = [(torch.ones(4, 8), torch.ones(4, 8))] * 2
     with pytest.raises(UserError, match="--cache int8: layer 0 has no GroupQueryAttention"):
-        quantize_cache(graph, ranges, Notes())
+        quantize_cache(standard, ranges, Notes())
 
 
 def test_precisions_are_found_by_name():

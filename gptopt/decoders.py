@@ -149,19 +149,23 @@ class _Step:
         return scores
 
     def _try_capture(self) -> None:
+        device = self._inputs.device
+        current = torch.cuda.current_stream(device)
         try:
-            with torch.cuda.device(self._inputs.device):
+            with torch.cuda.device(device):
                 stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                stream.wait_stream(torch.cuda.current_stream())
+                stream.wait_stream(current)
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UPS):
                         self._run()
-                torch.cuda.current_stream().wait_stream(stream)
+                current.wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     scores = self._run()
         except RuntimeError as error:
             self.capture = False
+            torch.cuda.set_stream(current)  # a capture that fails leaves its own one current
+            torch.cuda.synchronize(device)
             logger.warning(
                 "the decode step cannot be captured as a CUDA graph, so it runs operator by"
                 " operator: %s",

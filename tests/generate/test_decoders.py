@@ -169,10 +169,13 @@ def fake_cuda(monkeypatch):
         return nullcontext()
 
     FakeGraph.captured = 0
+    main, streams = Stream(), []
     for name, value in {
         "device": lambda device: nullcontext(),
         "Stream": Stream,
-        "current_stream": Stream,
+        "current_stream": lambda device: main,
+        "set_stream": streams.append,
+        "synchronize": lambda device: None,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": FakeGraph,
         "graph": graph,
@@ -186,6 +189,7 @@ def fake_cuda(monkeypatch):
         FakeGraph.step = self
 
     monkeypatch.setattr(decoders._Step, "__init__", capturing)
+    return main, streams
 
 
 def test_the_step_is_captured_once_per_batch_size_and_replayed(make_model, fake_cuda):
@@ -210,6 +214,8 @@ def test_a_step_that_cannot_be_captured_runs_plainly_and_says_so_once(
     (said,) = (record.getMessage() for record in caplog.records)
     assert "cannot be captured as a CUDA graph" in said
     assert said.endswith("operation not permitted when stream is capturing")
+    main, streams = fake_cuda
+    assert streams == [main], "the stream of the capture is still current"
 
 
 def test_the_static_cache_is_the_gpus_and_can_be_asked_for(make_model, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from gptopt import decoders
 from gptopt.config import ModelConfig, SamplingOptions
 from gptopt.generate import generate_tokens
 from gptopt.kernels.attention import triton_decode
@@ -37,6 +38,10 @@ def test_the_decode_kernels_generate_the_references_tokens(device, monkeypatch, 
         "launch",
         lambda kernel, *a, **o: steps.append(kernel) or real(kernel, *a, **o),
     )
+    made, init = [], decoders._Step.__init__
+    monkeypatch.setattr(
+        decoders._Step, "__init__", lambda self, *a: made.append(self) or init(self, *a)
+    )
     sampling = SamplingOptions(temperature=0, max_new_tokens=12)
 
     def tokens(kernels, static):
@@ -49,4 +54,6 @@ def test_the_decode_kernels_generate_the_references_tokens(device, monkeypatch, 
     assert not steps
     assert tokens("triton", static=True) == expected  # the context slides once on the way
     assert steps
+    if device.type == "cuda":
+        assert all(step._graph is not None for step in made), "a step was not captured"
     assert len({token for row in expected for token in row}) > 8

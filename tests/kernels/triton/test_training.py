@@ -14,7 +14,7 @@ from gptopt.training.session import open_session
 from gptopt.training.step import Stepper
 
 STEPS = 20
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 12}
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 14}
 MODELS = {
     "llama": {
         "position": "rotary",
@@ -61,7 +61,7 @@ def train(tmp_path, device):
         options = TrainOptions.model_validate(
             {
                 "inputs": [str(text)], "out": str(tmp_path / kernels), "kernels": kernels,
-                "device": str(device), "dtype": "float32", "batch_size": 2, "steps": STEPS,
+                "device": str(device), "dtype": "float32", "batch_size": 1, "steps": STEPS,
                 "lr": 1e-2, "warmup_steps": 2, "z_loss": 1e-3, "label_smoothing": 0.05,
                 "seed": 3, "json": True, "data": {"kind": "char"}, "model": TINY | model,
             }

@@ -5,6 +5,9 @@ It builds no GPT-2. Or a file of a folder that gptopt exported, such as onnx/mod
 
 import importlib
 import json
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -50,8 +53,6 @@ class Peer:
 
 def prepare(source: Path, out: Path, variant: str) -> None:
     """A llama as wide and deep as the source, random, through genai's builder."""
-    import tempfile
-
     transformers: Any = importlib.import_module("transformers")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
@@ -68,7 +69,6 @@ def prepare(source: Path, out: Path, variant: str) -> None:
         transformers.LlamaForCausalLM(shape).save_pretrained(model)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((source / name).read_bytes())
-        builder: Any = importlib.import_module("onnxruntime_genai.models.builder")
-        builder.create_model(
-            None, str(model), str(out), variant, "cpu", str(Path(scratch) / "cache")
-        )
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
+        command += ["-i", str(model), "-o", str(out), "-p", variant, "-c", str(Path(scratch) / "c")]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

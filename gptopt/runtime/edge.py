@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -71,14 +72,17 @@ class EdgeModel:
             verify_folder(folder)
         self.config = load_config(folder)
         self.precision, self.file = choose(folder, precision)
-        self.tokenizer = load_tokenizer(folder, self.config["tokenizer_size"])
-        if self.tokenizer is not None:
-            self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
         self.settings = settings.chosen(provider.lower(), threads, spinning)
         self._path = model_file(folder, self.file.file)
-        self._session = Session(
-            self._path, self.config, provider, file=self.file, settings=self.settings
-        )
+        # A tokenizer of 50,000 words takes as long to read as the graph: both at once.
+        with ThreadPoolExecutor(1) as beside:
+            reading = beside.submit(load_tokenizer, folder, self.config["tokenizer_size"])
+            self._session = Session(
+                self._path, self.config, provider, file=self.file, settings=self.settings
+            )
+            self.tokenizer = reading.result()
+        if self.tokenizer is not None:
+            self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
         self.provider = self._session.provider
         self.block_size = self.config["block_size"]
         self.vocab_size = self.config["vocab_size"]

@@ -44,10 +44,10 @@ def choose(
         CheckFailed: a row's scores are NaN or infinite.
     """
     scores = penalised(logits[:, :size], sampling, seen)
-    if not np.isfinite(scores.max(axis=-1)).all():
+    best: Ints = scores.argmax(axis=-1).astype(np.int64)  # NaN counts as the largest
+    if not np.isfinite(np.take_along_axis(scores, best[:, None], axis=-1)).all():
         raise NotFinite
     if sampling.temperature == 0:
-        best: Ints = scores.argmax(axis=-1).astype(np.int64)
         return best
     mass = np.cumsum(probabilities(scores, sampling), axis=-1)  # (B, V)
     # A mark in (0, total]: the first token to reach it exists and has a mass of its own.

@@ -5,6 +5,7 @@ the runtime works, and explains itself, where it is not installed.
 """
 
 import contextlib
+import mmap
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -152,22 +153,22 @@ class Session:
 
         On the CPU it is an array, else an onnxruntime value.
         """
-        array = _aligned_zeros(shape, self.cache_dtype)
+        array = _untouched(shape, self.cache_dtype)
         if self.device == "cpu":
             return array, array.ctypes.data
         value = _onnxruntime().OrtValue.ortvalue_from_numpy(array, self.device, 0)
         return value, value.data_ptr()
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
-    """np.zeros at a multiple of 64 bytes: vector loads then touch one cache line each.
+def _untouched(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+    """A zeroed array whose pages the system hands out when they are first written.
 
-    The system hands out the pages when they are first written, so that an empty cache costs none.
+    np.zeros would do, but numpy asks for huge pages, and then the first tokens of a text take all
+    the memory that its longest form would.
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
+    pages = mmap.mmap(-1, max(size, 1))
+    return np.frombuffer(pages, dtype, count=size // np.dtype(dtype).itemsize).reshape(shape)
 
 
 def _onnxruntime() -> Any:

@@ -81,7 +81,7 @@ def test_a_batch_of_equal_lengths_and_one_in_parts_say_the_same(models, name, mo
     monkeypatch.setattr("gptopt.runtime.cache.SCORES_AT_ONCE", 1)
     monkeypatch.setattr("gptopt.runtime.cache.SHORTEST_PART", 6)
     np.testing.assert_allclose(models[name].new_cache(2).read(texts), want, atol=BUDGET)
-    monkeypatch.setattr("gptopt.runtime.shared._TOGETHER", 7)
+    monkeypatch.setattr("gptopt.runtime.shared._PART", 7)
     np.testing.assert_allclose(models[name].new_cache(2).read(texts), want, atol=BUDGET)
 
 

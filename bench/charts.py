@@ -67,7 +67,7 @@ def bars(
 
     cases = list(dict.fromkeys(str(row["case"]) for row in rows))
     blocks = [(case, _names(rows, case)) for case in cases]
-    lines = sum(len(names) for _, names in blocks) + 1.3 * len(blocks)
+    lines = sum(len(names) for _, names in blocks) + 1.8 * len(blocks)
     drawn = figure(_WIDTH, 0.7 + 0.235 * lines)
     every = drawn.subplots(1, len(columns), sharey=True, squeeze=False)[0]
     for axes, (title, belongs) in zip(every, columns, strict=True):
@@ -88,8 +88,8 @@ def bars(
                     _bar(axes, place, row, value, right, unit)
                 place += 1.0
             _limit_mark(axes, [r for r in shown if r["case"] == case], limit, top, place, right)
-            place += 0.3
-        axes.set(xlim=(0, right), ylim=(place - 0.2, -0.8))
+            place += 0.8
+        axes.set(xlim=(0, right), ylim=(place - 0.6, -0.8))
         axes.set_title(title, loc="left", color=INK, size=11, pad=8)
         axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
         axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=8.5)
@@ -145,7 +145,7 @@ def _limit_mark(
         axes.plot([at, at], [top - 0.55, bottom - 0.45], color="#b00020", ls=(0, (4, 2)), lw=1.2)
     else:
         axes.text(
-            right, top - 1.0, f"limit {_short(at)} >", ha="right", va="center",
+            right, bottom - 0.3, f"limit {_short(at)} >", ha="right", va="center",
             color="#b00020", size=8,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 OURS, REFERENCE = "gptopt", "reference eager"
 NAMES = (OURS, REFERENCE)
 BATCHES = (1, 32)
-ROUNDS = 6
+ROUNDS = 4
 
 Generate = Callable[[int], list[list[int]]]
 
@@ -52,7 +52,7 @@ def setting(device: torch.device) -> Setting:
     """GPT-2 124M on a GPU, a toy elsewhere. The head is not tied: see `_model`."""
     if device.type == "cuda":
         gpt2 = {**PRESETS["gpt2"]["model"], "vocab_size": 50304, "tie_head": False}
-        return Setting(ModelConfig.model_validate(gpt2), 32, 256)
+        return Setting(ModelConfig.model_validate(gpt2), 32, 128)
     toy = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64, vocab_size=256, tie_head=False)
     return Setting(toy, 4, 16)
 

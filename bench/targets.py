@@ -222,20 +222,24 @@ def _ffn(rows: _Rows, product: str) -> list[Target]:
 
 
 def _training(rows: _Rows, product: str) -> list[Target]:
-    from gptopt.bench.training import NANOGPT
+    from gptopt.bench.training import NANOGPT, OURS_COMPILED
 
     about = {"bench": "training"}
     rate, memory = _number("tokens_per_s"), _number("peak_bytes")
-    mfu = rows.value(_number("mfu"), OURS, **about)
-    speed = rows.value(rate, OURS, **about)
+    # Both are ours: the faster one counts, for its memory too.
+    eager, compiled = (rows.value(rate, name, **about) for name in (OURS, OURS_COMPILED))
+    faster = isinstance(compiled, float) and (isinstance(eager, str) or compiled > eager)
+    own = OURS_COMPILED if faster else OURS
+    mfu = rows.value(_number("mfu"), own, **about)
+    speed = rows.value(rate, own, **about)
     whole = "" if isinstance(mfu, str) or isinstance(speed, str) else f"{speed / mfu:,.0f} tokens/s"
     return [
         _Goal("GPT-2 124M training", 600_000, " tokens/s").line(speed, whole),
         _Goal("training speed over nanoGPT + torch.compile", 1.25, "x").line(
-            rows.ratio(rate, OURS, NANOGPT, **about), ""
+            rows.ratio(rate, own, NANOGPT, **about), ""
         ),
         _Goal("training memory over nanoGPT + torch.compile", 0.6, "x", "at most").line(
-            rows.ratio(memory, OURS, NANOGPT, **about), ""
+            rows.ratio(memory, own, NANOGPT, **about), ""
         ),
     ]
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 60
+_WALL_CALLS, _WALL_MS = 15, 1000.0
 _HOLD_MS = 25.0  # the longest that the device is held back
 _CPU_FLUSH_BYTES = 16 << 20
 _GPU_FLUSH_BYTES = 256 << 20
@@ -242,11 +243,11 @@ def _fitting(rounds: float, cycle: int) -> int:
 
 def _first_calls(clock: Clock, subject: Subject, timing: Timing) -> None:
     clock.wall(subject)
-    for _ in range(5):
+    for _ in range(_WALL_CALLS):
         wall_ms, host_ms = clock.wall(subject)
         timing.wall.append(wall_ms)
         timing.host.append(host_ms)
-        if sum(timing.wall) > 3000:
+        if sum(timing.wall) > _WALL_MS and len(timing.wall) >= MIN_ROUNDS:
             break
     subject.host_ms = statistics.median(timing.host)
     timing.peak_bytes = clock.peak_bytes(subject)

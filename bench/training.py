@@ -5,7 +5,6 @@ losses of its first steps are held against those of float32 before its speed is 
 """
 
 import contextlib
-import importlib.util
 import logging
 import math
 import statistics
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gptopt.bench.contenders import Unavailable
+from gptopt.bench.contenders.nanogpt import load_peer, peer_weights
 from gptopt.bench.limits import Limits
 from gptopt.bench.records import Recorder, Row
 from gptopt.bench.timing import (
@@ -56,6 +56,7 @@ CHECKED_STEPS = 3
 ROUNDS = 8
 _LR = 6e-4
 
+Expected = list[tuple[float, float]] | None  # per step its loss: exact, and in lower precision
 Step = Callable[[], Tensor]  # one optimiser step; its loss stays on the device
 
 
@@ -95,11 +96,8 @@ def bench_training(
         CheckFailed: an error of a contender left the GPU unusable for this process.
     """
     chosen = setting(device)
-    exact = _losses(_own(chosen, device, torch.float32, "reference", compiled=False))
-    free_memory()
     narrow = torch.bfloat16 if device.type == "cuda" else torch.float32
-    same = _losses(_own(chosen, device, narrow, "reference", compiled=False))
-    free_memory()
+    expected = _expected(chosen, device, narrow)
     runners: list[_Runner] = []
     for name, build in _contenders(chosen, device, narrow, options):
         if options.contenders and name not in options.contenders:
@@ -109,7 +107,7 @@ def bench_training(
             continue
         logger.info("training: preparing %s", name)
         try:
-            runners.append(_prepare(name, build, device, exact, same, narrow))
+            runners.append(_prepare(name, build, device, expected, narrow))
         except Exception as error:
             text = str(error) if isinstance(error, Unavailable) else reason(error)
             logger.warning("training: %s: %s", name, text)
@@ -129,13 +127,36 @@ def bench_training(
         recorder.add({**row, **_result(runner, chosen, flops, rate)})
 
 
+def _are_right(
+    losses: list[float], expected: list[tuple[float, float]], dtype: torch.dtype
+) -> bool:
+    return all(
+        abs(found - exact) <= 2 * abs(same - exact) + torch.finfo(dtype).eps * abs(exact)
+        for found, (exact, same) in zip(losses, expected, strict=True)
+    )
+
+
+def _expected(chosen: Setting, device: torch.device, narrow: torch.dtype) -> Expected:
+    """Losses of the first steps in float32 and in the bench's precision; None where that fails."""
+    pairs = []
+    for dtype in (torch.float32, narrow):
+        try:
+            pairs.append(_losses(_own(chosen, device, dtype, "reference", compiled=False)))
+        except Exception as error:
+            logger.warning("training: nothing can be checked: %s", reason(error))
+            return None
+        finally:
+            free_memory()
+    return list(zip(*pairs, strict=True))
+
+
 @dataclass
 class _Runner:
     name: str
     step: Step
     peak_bytes: int | None
     losses: list[float]
-    correct: bool
+    correct: bool | None  # None: not checked
     seconds: list[float]
     error: str | None = None
 
@@ -144,20 +165,16 @@ def _prepare(
     name: str,
     build: Callable[[], Step],
     device: torch.device,
-    exact: list[float],
-    same: list[float],
+    expected: Expected,
     dtype: torch.dtype,
 ) -> _Runner:
     """Build a contender, take its checked steps, and read its peak memory in two more."""
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     step = build()
     losses = _losses(step)
-    correct = all(
-        abs(found - e) <= 2 * abs(s - e) + torch.finfo(dtype).eps * abs(e)
-        for found, e, s in zip(losses, exact, same, strict=True)
-    )
-    if not correct:
-        logger.warning("training: %s is wrong: losses %s, expected %s", name, losses, exact)
+    correct = None if expected is None else _are_right(losses, expected, dtype)
+    if correct is False:
+        logger.warning("training: %s is wrong: losses %s, expected %s", name, losses, expected)
     peak = None
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -320,7 +337,7 @@ def _nanogpt(
     folder: Path, chosen: Setting, device: torch.device, dtype: torch.dtype, compiles: bool
 ) -> Step:
     """nanoGPT's own model, optimiser and step, from our weights and on our batches."""
-    peer = _load_peer(folder)
+    peer = load_peer(folder)
     shape = chosen.model
     config = peer.GPTConfig(
         block_size=shape.block_size, vocab_size=shape.vocab_size, n_layer=shape.n_layer,
@@ -328,7 +345,7 @@ def _nanogpt(
     )  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):
         model = peer.GPT(config)
-        model.load_state_dict(_peer_weights(_model(chosen, "reference")))
+        model.load_state_dict(peer_weights(_model(chosen, "reference")))
         model.to(device)
         optimiser = model.configure_optimizers(0.1, _LR, (0.9, 0.95), device.type)
     forward = torch.compile(model) if compiles else model
@@ -354,33 +371,3 @@ def _nanogpt(
         return found
 
     return step
-
-
-def _load_peer(folder: Path) -> Any:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", folder / "model.py")
-    if spec is None or spec.loader is None:
-        raise Unavailable(f"{folder / 'model.py'} is not a Python module")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks itself up there
-    spec.loader.exec_module(module)
-    return module
-
-
-_PEER_NAMES = {
-    "norm_1": "ln_1", "norm_2": "ln_2", "attn.qkv": "attn.c_attn", "attn.proj": "attn.c_proj",
-    "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj",
-}  # fmt: skip
-
-
-def _peer_weights(model: GPT) -> dict[str, Tensor]:
-    """Our weights under nanoGPT's names; both keep linear weights as (out, in)."""
-    weights = {"lm_head.weight": model.wte.weight.detach()}
-    for name, parameter in model.named_parameters():
-        if name.startswith("blocks."):
-            _, layer, rest = name.split(".", 2)
-            part, _, leaf = rest.rpartition(".")
-            theirs = f"transformer.h.{layer}.{_PEER_NAMES[part]}.{leaf}"
-        else:
-            theirs = "transformer." + name.replace("norm.", "ln_f.")
-        weights[theirs] = parameter.detach()
-    return weights

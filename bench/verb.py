@@ -46,7 +46,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
     Raises:
         UserError: options or folder do not fit.
     """
-    device = resolve_device(options.device)
+    device = _exact(resolve_device(options.device))
     _refuse(options, device)
     budget = TimeBudget(options.minutes)
     if device.type == "cpu":
@@ -72,6 +72,13 @@ def bench(options: BenchOptions) -> dict[str, Any]:
         if device.type == "cpu":
             say(MACHINERY)
     return result
+
+
+def _exact(device: torch.device) -> torch.device:
+    """With its number: torch.cuda takes no "cuda" alone where a device has to be chosen."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def _refuse(options: BenchOptions, device: torch.device) -> None:

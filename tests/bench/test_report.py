@@ -14,7 +14,7 @@ from gptopt.bench.limits import Limits  # noqa: E402
 from gptopt.bench.operators import least_work  # noqa: E402
 from gptopt.bench.report import write_report  # noqa: E402
 from gptopt.bench.targets import NOT_MEASURED, targets  # noqa: E402
-from gptopt.bench.training import NANOGPT  # noqa: E402
+from gptopt.bench.training import NANOGPT, OURS_COMPILED  # noqa: E402
 from gptopt.errors import UserError  # noqa: E402
 
 LIMITS = Limits(4e12, {"float32": 5e13, "bfloat16": 7e14})
@@ -114,6 +114,9 @@ def test_a_step_is_held_against_nanogpt():
     )  # fmt: skip
     assert reached(rows, "training speed").reached == "1.3x"
     assert reached(rows, "training memory").reached == "0.5x"
+    rows.append({**rows[0], "contender": OURS_COMPILED, "tokens_per_s": 1e6, "peak_bytes": 80})
+    assert reached(rows, "training speed").reached == "2x"
+    assert reached(rows, "training memory").met is False
 
 
 class _Page(HTMLParser):

@@ -196,11 +196,11 @@ class _Sums:
         return {name: total.div_(self._rows[name]) for name, total in self._products.items()}
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every matrix product, and reports those with a known weight."""
 
     def __init__(self, places: dict[tuple[int, int], str], sums: _Sums) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._places = places
         self._sums = sums
 

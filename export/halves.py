@@ -40,9 +40,9 @@ def to_halves(model: ir.Model, notes: Notes) -> ir.Model:
     graph = model.graph
     exact = _exact_values(graph)
     wanted: dict[ir.Value, ir.Value] = {}  # exact value -> its float16 form
-    for value in graph.inputs:
-        if value.dtype == _FLOAT:
-            value.type = ir.TensorType(_HALF)  # a copied graph shares its types
+    for given in graph.inputs:
+        if given.dtype == _FLOAT:
+            given.type = ir.TensorType(_HALF)  # a copied graph shares its types
     single = _single_weights(graph, exact)
     for node in list(graph):
         if _is_exact(node, exact):
@@ -57,9 +57,9 @@ def to_halves(model: ir.Model, notes: Notes) -> ir.Model:
         for output in node.outputs:
             if output.dtype == _FLOAT:
                 output.type = ir.TensorType(_HALF)
-    for value in list(graph.initializers.values()):
-        if value.dtype == _FLOAT and value not in single:
-            _halve(value, notes)
+    for weight in list(graph.initializers.values()):
+        if weight.dtype == _FLOAT and weight not in single:
+            _halve(weight, notes)
     _restore_logits(graph)
     return model
 

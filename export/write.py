@@ -157,4 +157,5 @@ def onnx_bytes(model: ir.Model) -> bytes:
     if inside > _PROTOBUF_LIMIT:
         raise ValueError(f"{inside:,} bytes, protobuf holds {_PROTOBUF_LIMIT:,}")
     proto: onnx.ModelProto = ir.to_proto(model)
-    return proto.SerializeToString()
+    content: bytes = proto.SerializeToString()
+    return content

@@ -66,8 +66,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.contiguous()
     each = 8 // bits
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each))
-    groups = codes.unflatten(-1, (-1, each))
-    packed = groups[..., 0].clone()
+    groups = codes.reshape(*codes.shape[:-1], -1, each)
+    packed: Tensor = groups[..., 0].clone()
     for place in range(1, each):
         packed |= groups[..., place] << (bits * place)
     return packed
@@ -78,7 +78,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     if bits == 8:
         return packed[..., :count]
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
     return codes.flatten(-2)[..., :count]
 
 
@@ -91,7 +91,7 @@ def assemble(
         fill = 2 ** (bits - 1) if zeros is None else zeros[:, -1:].expand(-1, rest)
         codes[:, columns:] = fill
     return Blocks(
-        packed=pack(codes, bits).unflatten(1, (scales.shape[1], -1)),
+        packed=pack(codes, bits).view(*scales.shape, -1),
         scales=scales.float(),
         zero_points=None if zeros is None else pack(zeros, bits),
         bits=bits,

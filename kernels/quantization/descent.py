@@ -86,7 +86,7 @@ def _best_scales(target: Tensor, found: Columns, hessian: Tensor, block: int) ->
     columns = range(0, target.shape[1], step)
     return torch.cat(
         [
-            _solve(*(part[:, start : start + step] for part in (target, *found)), hessian, block)
+            _solve(hessian, block, *(part[:, start : start + step] for part in (target, *found)))
             for start in columns
         ],
         dim=1,
@@ -94,14 +94,15 @@ def _best_scales(target: Tensor, found: Columns, hessian: Tensor, block: int) ->
 
 
 def _solve(
-    target: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, hessian: Tensor, block: int
+    hessian: Tensor, block: int, target: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor
 ) -> Tensor:
     centred = codes - zeros.repeat_interleave(block, 0)
     G = scales.shape[0]
-    cut = centred.unflatten(0, (G, block))  # (G, block, N)
+    cut = centred.view(G, block, -1)  # (G, block, N)
 
     def along(x: Tensor) -> Tensor:  # (K, N) -> (N, G): each block's product with its codes
-        return (x.unflatten(0, (G, block)) * cut).sum(1).T
+        found: Tensor = (x.view(G, block, -1) * cut).sum(1).T
+        return found
 
     system = torch.stack(
         [along(hessian[:, g * block : (g + 1) * block] @ cut[g]) for g in range(G)], dim=-1

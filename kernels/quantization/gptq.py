@@ -34,8 +34,10 @@ def gptq(weight: Tensor, hessian: Tensor, *, bits: int, block: int, symmetric: b
     """
     damped, spread = _factor(_filled(hessian.double()))
     parts = []
-    for rows in weight.float().split(_ROWS):
-        w = rows.T.contiguous()  # (K, N): a column of the matrix is a row in memory
+    for start in range(0, weight.shape[0], _ROWS):
+        w = weight[
+            start : start + _ROWS
+        ].T.contiguous()  # (K, N): a column of the matrix is a row in memory
         found = _quantise(w.clone(), spread, bits, block, symmetric)
         parts.append(descend(w, found, damped, bits=bits, block=block))
     return Columns(*(torch.cat(pieces, dim=1) for pieces in zip(*parts, strict=True)))

@@ -47,9 +47,9 @@ def nearest(x: Tensor, *, bits: int, symmetric: bool) -> Rounded:
 def search(x: Tensor, importance: Tensor | None = None, *, bits: int, symmetric: bool) -> Rounded:
     """Find the scale (and zero point) of least weighted squared error, per block (M, block).
 
-    For given codes the best scale is known, s = sum(w x c) / sum(w c^2), and the error falls as
-    sum(w x c)^2 / sum(w c^2) grows. So each trial needs the codes only: a few ranges (and zero
-    points) are tried, and the best is refined by rounding anew with its best scale.
+    For given codes the best scale is known, sum(w x c) / sum(w c^2). So a few ranges (and zero
+    points) are tried, each with the best scale of its codes, and the best is refined by rounding
+    anew with its scale.
 
     Args:
         x: (M, block) float32.
@@ -77,16 +77,23 @@ def _part(importance: Tensor | None, start: int, piece: Tensor) -> Tensor | None
 def _search(x: Tensor, weight: Tensor | None, bits: int, symmetric: bool) -> Rounded:
     best = nearest(x, bits=bits, symmetric=symmetric)
     weighted = x if weight is None else x * weight
-    score = _fit(weighted, weight, best)[0]
+    error = _error(x, weight, best)
     full, zeros = best.scales, best.zeros
-    for scales, trial_zeros in _trials(full, zeros, bits, symmetric):
-        trial = Rounded(encode(x, scales, trial_zeros, bits), scales, trial_zeros)
-        best, score = _better(best, score, trial, _fit(weighted, weight, trial))
+
+    def consider(scales: Tensor, zeros: Tensor) -> None:
+        nonlocal best, error
+        trial = Rounded(encode(x, scales, zeros, bits), scales, zeros)
+        trial = trial._replace(scales=_best_scale(weighted, weight, trial))
+        found = _error(x, weight, trial)
+        wins = found < error
+        best = Rounded(*(torch.where(wins, new, old) for new, old in zip(trial, best, strict=True)))
+        error = torch.where(wins, found, error)
+
+    for trial_scales, trial_zeros in _trials(full, zeros, bits, symmetric):
+        consider(trial_scales, trial_zeros)
     for _ in range(_REFINEMENTS):
-        scales = _fit(weighted, weight, best)[1]
-        trial = Rounded(encode(x, scales, best.zeros, bits), scales, best.zeros)
-        best, score = _better(best, score, trial, _fit(weighted, weight, trial))
-    return best._replace(scales=_fit(weighted, weight, best)[1])
+        consider(best.scales, best.zeros)
+    return best
 
 
 def _trials(full: Tensor, zeros: Tensor, bits: int, symmetric: bool) -> list[tuple[Tensor, Tensor]]:
@@ -99,23 +106,21 @@ def _trials(full: Tensor, zeros: Tensor, bits: int, symmetric: bool) -> list[tup
     return [(part * full, (zeros + shift).clamp(0, top)) for part in ranges for shift in shifts]
 
 
-def _fit(weighted: Tensor, weight: Tensor | None, trial: Rounded) -> tuple[Tensor, Tensor]:
-    """How much of the error a trial's codes take away, and their best scale; both (M, 1)."""
+def _best_scale(weighted: Tensor, weight: Tensor | None, trial: Rounded) -> Tensor:
+    """The scale (M, 1) of least error for a trial's codes."""
     centred = trial.codes - trial.zeros
     along = torch.linalg.vecdot(weighted, centred).unsqueeze(-1)
-    squares = centred.square() if weight is None else centred.square() * weight
-    length = squares.sum(-1, keepdim=True)
+    squares = centred if weight is None else centred * weight
+    length = torch.linalg.vecdot(squares, centred).unsqueeze(-1)
     # A block of zeros, or one that no error counts in: whatever scale it has is as good.
-    scales = torch.where(length > 0, along / length.clamp(min=_TINY), trial.scales)
-    return along.square() / length.clamp(min=_TINY), scales
+    return torch.where(length > 0, along / length.clamp(min=_TINY), trial.scales)
 
 
-def _better(
-    best: Rounded, score: Tensor, trial: Rounded, fit: tuple[Tensor, Tensor]
-) -> tuple[Rounded, Tensor]:
-    wins = fit[0] > score
-    chosen = (torch.where(wins, new, old) for new, old in zip(trial, best, strict=True))
-    return Rounded(*chosen), torch.where(wins, fit[0], score)
+def _error(x: Tensor, weight: Tensor | None, trial: Rounded) -> Tensor:
+    """The weighted squared error of each block, (M, 1)."""
+    rest = trial.values().sub_(x)
+    other = rest if weight is None else rest * weight
+    return torch.linalg.vecdot(rest, other).unsqueeze(-1)
 
 
 def _full_range(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -14,11 +14,13 @@ from gptopt.kernels.ffn.reference import GATED
 from gptopt.kernels.ffn.triton_kernels import ffn_bwd_dx_kernel
 from gptopt.kernels.launch import AotCase, Config, arch, choose, launch, pointer
 
+_MAX_ROW_STRIDE = 2**22  # a block's 256 rows have to stay within 32-bit offsets
+
 
 def as_rows(x: Tensor, M: int) -> Tensor:
-    """`x` as M rows, each of them contiguous."""
+    """`x` as M rows, each of them contiguous, and near enough to each other for 32 bits."""
     x = x.reshape(M, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.stride(1) == 1 and x.stride(0) <= _MAX_ROW_STRIDE else x.contiguous()
 
 
 def dot_precision() -> str:

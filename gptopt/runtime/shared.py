@@ -132,7 +132,8 @@ class SharedCache(Cache):
         self._columns = longest
         self._lengths[:] = real.sum(axis=1)
         ends = self._lengths - 1 if self.packed and not last else -1
-        return scores[self._every, ends]
+        behind: Floats = scores[self._every, ends]
+        return behind
 
     def _read_rows(self, texts: Sequence[Sequence[int]], longest: int) -> Floats:
         scores = np.zeros((self.rows, self.session.vocab_size), np.float32)
@@ -161,7 +162,8 @@ class SharedCache(Cache):
             ids, mask = self._ids[row : row + 1, start:stop], self._mask[row : row + 1, :stop]
             scores = self._feed(row, 1, ids, mask, order, last=True)
             done += stop - start
-        return scores[0, -1]
+        last: Floats = scores[0, -1]
+        return last
 
     def _feed(self, row: int, rows: int, ids: Ints, mask: Ints, order: Ints, last: bool) -> Floats:
         """Run on some rows' part of the buffer: scores (rows, T or 1, V) float32."""

@@ -86,7 +86,7 @@ else
 fi
 bench ffn 80 kernels --only ffn
 bench decode 45 generate
-bench "decode kernels" 25 kernels --only attention_decode --contenders gptopt --contenders eager
+bench "decode kernels" 40 kernels --only attention_decode --contenders gptopt --contenders eager
 if [ "$DEVICE" = cuda ]; then
     bench "attention d128" 45 kernels --only attention:d128 "${FUSED[@]}"
     # What is left goes to the peers that have to be compiled.

@@ -7,7 +7,7 @@ from typing import Any
 from gptopt.bench.records import Row
 
 _COLUMNS = (
-    "case", "batch", "phase", "contender", "right", "cold ms", "quartiles", "warm ms", "wall ms",
+    "case", "batch", "phase", "contender", "right", "median ms", "quartiles", "warm ms", "wall ms",
     "TFLOP/s", "GB/s", "tokens/s", "MFU", "of limit", "memory MiB", "over eager",
 )  # fmt: skip
 # What is never told of a wrong result.
@@ -59,7 +59,7 @@ def _cells(row: Row) -> dict[str, str]:
         "phase": str(row.get("phase") or ""),
         "contender": str(row["contender"]),
         "right": said,
-        "cold ms": f"{spread['median_ms']:.4g}",
+        "median ms": f"{spread['median_ms']:.4g}",
         "quartiles": f"{spread['q1_ms']:.4g} to {spread['q3_ms']:.4g} ({spread['samples']})",
     }
     numbers = {

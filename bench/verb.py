@@ -76,7 +76,7 @@ def bench(options: BenchOptions) -> dict[str, Any]:
 
 def _exact(device: torch.device) -> torch.device:
     """With its number: torch.cuda takes no "cuda" alone where a device has to be chosen."""
-    if device.type == "cuda" and device.index is None:
+    if str(device) == "cuda":
         return torch.device("cuda", torch.cuda.current_device())
     return device
 

@@ -74,7 +74,7 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
         q, k, v, past_k, _, *rest = arguments
         with library.below_autograd():
-            out, present_k, present_v, lse = torch.ops.gptopt.attention.default(*arguments)
+            out, present_k, present_v, lse = library.call("attention", *arguments)
         if past_k is None:
             ctx.mark_non_differentiable(present_k, present_v)
         keys, values = (k, v) if past_k is None else (present_k, present_v)
@@ -95,8 +95,8 @@ class _Function(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None:
             grad_out = torch.zeros_like(ctx.saved_tensors[0])
-        dq, dk, dv = torch.ops.gptopt.attention_backward.default(
-            grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
+        dq, dk, dv = library.call(
+            "attention_backward", grad_out, grad_lse, *ctx.saved_tensors, *ctx.options
         )
         dk = dk if grad_k is None else dk + grad_k
         dv = dv if grad_v is None else dv + grad_v

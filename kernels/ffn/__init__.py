@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from gptopt.kernels import library
 from gptopt.kernels.checks import check_float, check_like, check_shape, shape, wrong
 from gptopt.kernels.dtypes import autocast
 from gptopt.kernels.ffn import op as _op  # noqa: F401 - registers gptopt::ffn
@@ -68,7 +69,7 @@ def ffn(
     exporting = torch.compiler.is_exporting()
     if exporting or runs_triton("ffn", impl, x, *arguments):
         recomputed = (True,) if recompute and not exporting else ()
-        out: Tensor = torch.ops.gptopt.ffn.default(*arguments, *recomputed)
+        out: Tensor = library.call("ffn", *arguments, *recomputed)
         return out
     if recompute:
         again: Tensor = checkpoint(

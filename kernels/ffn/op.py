@@ -96,9 +96,9 @@ class _Function(torch.autograd.Function):
         kept: Sequence[Tensor | None] = (None, None)
         with library.below_autograd():
             if any(ctx.needs_input_grad) and not recompute:
-                out, *kept = torch.ops.gptopt.ffn_forward.default(*inputs, activation)
+                out, *kept = library.call("ffn_forward", *inputs, activation)
             else:
-                out = torch.ops.gptopt.ffn.default(*inputs, activation)
+                out = library.call("ffn", *inputs, activation)
         ctx.save_for_backward(*inputs, *kept)
         ctx.activation, ctx.given = activation, len(arguments)
         result: Tensor = out
@@ -108,9 +108,7 @@ class _Function(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask = ctx.needs_input_grad[:6]
-        gradients = torch.ops.gptopt.ffn_backward.default(
-            grad, *ctx.saved_tensors, ctx.activation, mask
-        )
+        gradients = library.call("ffn_backward", grad, *ctx.saved_tensors, ctx.activation, mask)
         return *library.masked(gradients, mask), *(None,) * (ctx.given - 6)
 
 

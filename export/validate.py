@@ -1,9 +1,12 @@
 """The proof: an exported graph against the PyTorch model in higher precision.
 
 One budget rules every case: the graph may be at most twice as far from the float64 model as the
-same model in float32 PyTorch is, or 2e-5 of the range of the logits, whichever is more.
+same model in float32 PyTorch is, or 2e-5 of the range of the logits, whichever is more. A file of
+lower precision may be twice as far as the same maths in its precision, plus one rounding band; what
+is exact in it is proven apart, by a strict twin (twin.py).
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -18,12 +21,15 @@ from gptopt.export import cases as plays
 from gptopt.export.reference import Expected, Reference
 from gptopt.export.stream import Claim, Growing, Shared, open_graph
 from gptopt.export.trace import Exportable
+from gptopt.export.twin import Held, held_by, write_strict_twin
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
 
 _TORCH_FACTOR = 2.0
 _RANGE_FACTOR = 2e-5
+_HALF_BAND = 2.0**-10  # one rounding of a float16, of the range of the logits
+_STRICT_CASES = ("prefill", "decode", "left padding", "right padding")
 _GREEDY_TOKENS = 128
 _SEED = 20
 
@@ -34,8 +40,9 @@ class Outcome:
 
     Attributes:
         max_abs_error: largest distance of a logit from the float64 model.
-        torch_error: the same of the float32 model in PyTorch.
+        torch_error: the same of the model in PyTorch, in the file's precision.
         logit_range: largest minus smallest logit.
+        band: what lower precision may add, as a part of the range; None in float32.
         positions: tokens whose logits were compared.
         first_bad: where the budget was first exceeded, or None.
     """
@@ -44,12 +51,15 @@ class Outcome:
     max_abs_error: float = 0.0
     torch_error: float = 0.0
     logit_range: float = 0.0
+    band: float | None = None
     positions: int = 0
     first_bad: str | None = None
 
     @property
     def budget(self) -> float:
         """Largest error that passes."""
+        if self.band is not None:
+            return _TORCH_FACTOR * self.torch_error + self.band * self.logit_range
         return max(_TORCH_FACTOR * self.torch_error, _RANGE_FACTOR * self.logit_range)
 
     @property
@@ -140,9 +150,39 @@ def prove(
         CheckFailed: onnxruntime refuses the file, or it does not have the contract's names.
     """
     started = time.monotonic()
+    held = held_by(path)
+    proof = _play(path, model, held, vocab_size, cases, file or EdgeFile())
+    if (held.products or held.cache) and not held.half and proof.passed:
+        _add_strict(proof, path, model, held, vocab_size, cases, file or EdgeFile())
+    proof.seconds = time.monotonic() - started
+    return proof
+
+
+def _add_strict(
+    proof: Proof, path: Path, model: nn.Module, held: Held, vocab_size: int | None,
+    cases: Collection[str] | None, file: EdgeFile,
+) -> None:  # fmt: skip
+    """Prove the wiring of a quantised file to the budget of float32."""
+    twin = path.with_name("model_strict_twin.onnx")
+    names = [name for name in _STRICT_CASES if cases is None or name in cases]
+    try:
+        write_strict_twin(path, twin)
+        plain = dataclasses.replace(held, cache=[], blocks={})
+        file = file.model_copy(update={"cache_dtype": "float32"})
+        strict = _play(twin, model, plain, vocab_size, names, file, strict=True)
+    finally:
+        twin.unlink(missing_ok=True)
+    proof.outcomes += strict.outcomes
+
+
+def _play(
+    path: Path, model: nn.Module, held: Held, vocab_size: int | None,
+    cases: Collection[str] | None, file: EdgeFile, *, strict: bool = False,
+) -> Proof:  # fmt: skip
     config = cast(Exportable, model).config
     assert config.vocab_size is not None
-    causal, file = config.causal, file or EdgeFile()
+    causal = config.causal
+    band = None if strict else _band(held)
     session = open_graph(path, config, file)
     growing = Growing(session)
     shared = file.cache == "shared"
@@ -157,27 +197,36 @@ def prove(
         block_size=config.block_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
-    reference = Reference(model, causal=causal)
+    reference = Reference(model, causal=causal, held=held, rounds=not strict)
     proof = Proof()
     for name, case in plays.cases_of(stage).items():
         if cases is not None and name not in cases:
             continue
         claims = [claim for stream in case(stage) for claim in stream.claims]
-        _add(proof, judge(name, claims, reference.expect(claims)))
+        label = f"{name} (unrounded inputs)" if strict else name
+        _add(proof, judge(label, claims, reference.expect(claims), band))
     if causal and (cases is None or "greedy" in cases):
         tokens = min(_GREEDY_TOKENS, config.block_size - stage.fit(4) + 1)
         claims = plays.greedy(stage, tokens).claims
         expected = reference.expect(claims)
-        outcome = judge("greedy", claims, expected)
+        outcome = judge("greedy", claims, expected, band)
         proof.greedy = judge_greedy(claims, expected, outcome.budget, stage.vocab_size)
         _add(proof, outcome)
-    proof.seconds = time.monotonic() - started
     return proof
 
 
-def judge(case: str, claims: Sequence[Claim], expected: Sequence[Expected]) -> Outcome:
+def _band(held: Held) -> float | None:
+    """What lower precision adds to the budget, as a part of the range."""
+    if held.exact:
+        return None
+    return _HALF_BAND if held.half else _RANGE_FACTOR
+
+
+def judge(
+    case: str, claims: Sequence[Claim], expected: Sequence[Expected], band: float | None = None
+) -> Outcome:
     """Compare every claimed logit with the float64 model."""
-    outcome = Outcome(case=case)
+    outcome = Outcome(case=case, band=band)
     low, high = np.inf, -np.inf
     errors: list[tuple[float, Claim, int]] = []
     for claim, (double, single) in zip(claims, expected, strict=True):

@@ -69,22 +69,23 @@ def _standard(call: Call) -> tuple[Value, ...]:
 
 def _primitives(call: Call) -> tuple[Value, ...]:
     """For runtimes without an Attention operator."""
-    present_k, present_v = op.Identity(call.k), op.Identity(call.v)
+    keys, values = call.k, call.v
     if call.past_k is not None:
-        present_k = op.Concat(call.past_k, call.k, axis=2)
-        present_v = op.Concat(call.past_v, call.v, axis=2)
-    scores = _scores(call, present_k, bias(call))  # (B, H, T, S)
+        keys = op.Concat(call.past_k, keys, axis=2)
+        values = op.Concat(call.past_v, values, axis=2)
+    scores = _scores(call, keys, bias(call))  # (B, H, T, S)
     weights = op.Softmax(scores, axis=-1)
     H, K, D = call.q.shape[1], call.k.shape[1], call.v.shape[3]
     if H == K:
-        out = op.MatMul(weights, present_v)
+        out = op.MatMul(weights, values)
     else:
-        T, S = size(call.q, 2), size(present_v, 2)
+        T, S = size(call.q, 2), size(values, 2)
         weights = op.Reshape(weights, op.Concat(ints(0, K, -1), S, axis=0))  # (B, K, H / K T, S)
         shape = op.Concat(ints(0, H), T, ints(D), axis=0)
-        out = op.Reshape(op.MatMul(weights, present_v), shape)
+        out = op.Reshape(op.MatMul(weights, values), shape)
     lse = _lse(scores) if call.need_lse else op.Identity(call.q)
-    return out, present_k, present_v, lse
+    # Without a past the tracer takes the presents for empty; nobody reads them then.
+    return out, op.Identity(keys), op.Identity(values), lse
 
 
 def _scores(call: Call, keys: Value, added: Value | None) -> Value:

@@ -25,11 +25,13 @@ class Match(NamedTuple):
 
 
 def match(model: ir.Model, node: ir.Node) -> Match | None:
-    """A normalization of a sum."""
+    """A normalization of a sum of two tensors."""
     if node.domain or node.op_type not in _FUSED or node.inputs[0] is None:
         return None
     add = node.inputs[0].producer()
-    return Match(node, add) if add is not None and add.op_type == "Add" else None
+    if add is None or add.op_type != "Add" or any(len(dims(each)) == 1 for each in add.inputs):
+        return None  # what a bias is added to is no sum of two streams
+    return Match(node, add)
 
 
 def refuse(found: Match) -> str | None:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,18 @@ def write_manifest(folder: Path, kind: str) -> None:
     write_json(folder / MANIFEST, {"format": 1, "kind": kind, "files": files})
 
 
-def verify_manifest(folder: Path, kind: str, *, strict: bool = True) -> dict[str, Any]:
+def verify_manifest(
+    folder: Path,
+    kind: str,
+    *,
+    strict: bool = True,
+    unread: Callable[[str], bool] = lambda name: False,
+) -> dict[str, Any]:
     """Check a folder against its manifest and return the manifest.
 
     Every listed file must be a regular file inside the folder (no link of either sort), of the
-    listed size and sha256. With `strict` no unlisted file may lie beside them.
+    listed size and sha256. With `strict` no unlisted file may lie beside them. The sha256 of files
+    whose name is `unread` is left out, for `verify_file` to check when they are needed.
 
     Raises:
         UserError: there is no readable manifest of this kind.
@@ -90,7 +97,7 @@ def verify_manifest(folder: Path, kind: str, *, strict: bool = True) -> dict[str
             f"{folder / MANIFEST}: expected a manifest of kind {kind!r}, found {found!r}"
         )
     for name, entry in files.items():
-        _check_file(folder, name, entry)
+        verify_file(folder, name, entry, read=not unread(name))
     if strict:
         # os.walk does not follow links, so a linked folder shows up as an unlisted name.
         for root, folders, names in os.walk(folder):
@@ -104,7 +111,12 @@ def verify_manifest(folder: Path, kind: str, *, strict: bool = True) -> dict[str
     return manifest
 
 
-def _check_file(folder: Path, name: str, entry: Any) -> None:
+def verify_file(folder: Path, name: str, entry: Any, *, read: bool = True) -> None:
+    """Check one file of a folder against its entry in the manifest; its bytes only with `read`.
+
+    Raises:
+        CheckFailed: it is missing, changed, a link, or outside the folder.
+    """
     parts = name.split("/")
     if not name or "\\" in name or ":" in name or any(part in ("", ".", "..") for part in parts):
         raise CheckFailed(f"{folder / MANIFEST}: {name!r} is not a plain name inside the folder")
@@ -127,7 +139,7 @@ def _check_file(folder: Path, name: str, entry: Any) -> None:
         raise CheckFailed(
             f"{path}: has {status.st_size} bytes, {MANIFEST} says {entry['bytes']}; copy it again"
         )
-    if sha256_of(path) != entry["sha256"]:
+    if read and sha256_of(path) != entry["sha256"]:
         raise CheckFailed(
             f"{path}: its sha256 differs from {MANIFEST}, the file was changed; copy it again"
         )

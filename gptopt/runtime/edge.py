@@ -69,7 +69,7 @@ class EdgeModel:
         """
         folder = Path(folder)
         if verify:
-            verify_folder(folder)
+            verify_folder(folder, precision)
         self.config = load_config(folder)
         self.precision, self.file = choose(folder, precision)
         self.settings = settings.chosen(provider.lower(), threads, spinning)

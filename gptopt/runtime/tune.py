@@ -52,7 +52,7 @@ def tune(folder: Path | str, *, precision: str = AUTO, provider: str = "cpu") ->
     from gptopt.runtime.edge import EdgeModel
     from gptopt.runtime.folder import verify_folder
 
-    verify_folder(Path(folder))
+    verify_folder(Path(folder), precision)
 
     def opened(candidate: Settings) -> Cache:
         return EdgeModel(

@@ -191,6 +191,7 @@ def test_the_model_has_a_tokenizer_of_its_size(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_model_says_different_tokens_behind_different_texts(tmp_path):
     import torch
     from transformers import GPT2LMHeadModel

@@ -217,3 +217,24 @@ def test_impossible_facts_are_refused(folder, files, message):
     with pytest.raises(CheckFailed, match=message) as caught:
         EdgeModel(folder, threads=1)
     assert "\n" not in str(caught.value)
+
+
+def test_only_the_file_that_runs_is_read(build_folder, monkeypatch):
+    """Of the other precisions names and sizes are checked; a changed byte there harms nobody."""
+    from gptopt.errors import CheckFailed
+    from gptopt.runtime.folder import verify_folder
+
+    built = build_folder(files={"fp32": {"form": "growing"}, "q4": {"form": "any"}}, external=True)
+    data = built / "onnx" / "model.onnx_data"
+    content = bytearray(data.read_bytes())
+    content[7] ^= 1
+    data.write_bytes(content)
+    assert EdgeModel(built, precision="q4", threads=1).precision == "q4"
+    for precision in ("auto", "fp32"):
+        with pytest.raises(CheckFailed, match=r"model\.onnx_data: its sha256 differs"):
+            EdgeModel(built, precision=precision)
+    with pytest.raises(CheckFailed, match=r"model\.onnx_data: its sha256 differs"):
+        verify_folder(built)
+    data.write_bytes(content[:-1])
+    with pytest.raises(CheckFailed, match=r"model\.onnx_data: has"):
+        EdgeModel(built, precision="q4", threads=1)

@@ -272,7 +272,7 @@ def _fwd_case(
         {"ACTIVATION": activation, "PRECISION": precision, "MASK_C": not whole},
         lambda arch: choose("ffn.fwd", arch, dtype, shape_class),
         " ".join(filter(None, words)),
-        dot=dtype != torch.float32 and shape_class in ("plain", "gated"),
+        dot=dtype != torch.float32,
     )
 
 

@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 # Triton decides at its import whether it interprets, so its kernels' tests have their own process.
 INTERPRET := $(TEST_ENV) TRITON_INTERPRET=1
 
-.PHONY: help setup demo test test-all lint format clean
+.PHONY: help setup demo test test-all aot lint format clean
 help:
 	@sed -n '1p' Makefile
 
@@ -29,6 +29,13 @@ test: setup
 test-all: setup
 	$(TEST_ENV) $(BIN)/pytest -n 2
 	$(INTERPRET) $(BIN)/pytest -n 2 tests/kernels/triton
+
+# What every kernel costs on every GPU, for which none is needed: an hour of one core the first time;
+# then only what has another kernel or configuration than its row in the table.
+WORKERS ?= 1
+aot: setup
+	$(BIN)/gptopt doctor --kernels --compile-only --workers $(WORKERS) --output bench/results/aot.json
+	$(BIN)/python -P -m gptopt.kernels.compiled bench/results/aot.json
 
 # mypy sees gptopt.kernels only in a built tree, where the folders lie as they are imported.
 lint: setup

@@ -6,8 +6,9 @@ Triton decides when it is imported whether it interprets, so this folder has a p
     GPTOPT_TEST_GPU=1  pytest tests/kernels/triton      on the GPU
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -164,6 +165,27 @@ class Call:
     leaves: list[Tensor]
     function: Callable[[str], Callable[..., Results]]
     cache: tuple[Tensor, ...] = ()
+
+
+@pytest.fixture
+def deterministic() -> Callable[[bool], contextlib.AbstractContextManager[None]]:
+    """deterministic(wanted): torch asks for repeatable operators inside, or does not."""
+    return _deterministic
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(wanted)
+    # Fresh memory would be filled, and the poison of this folder with it.
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 @pytest.fixture

@@ -151,12 +151,13 @@ def test_views_of_a_fused_projection(device, check, dtype):
     compare(check, device, other, dtype)
 
 
-def test_strides_change_no_bit(device):
+def test_strides_change_no_bit(device, deterministic):
     q, k, v = (x.float().to(device) for x in heads(41, K=4))
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    plain = _bits(attention, (q, k, v), impl="triton")
-    for a, b in zip(plain, _bits(attention, strided, impl="triton"), strict=True):
-        assert a.equal(b)
+    with deterministic(True):
+        plain = _bits(attention, (q, k, v), impl="triton")
+        others = _bits(attention, strided, impl="triton")
+    assert all(a.equal(b) for a, b in zip(plain, others, strict=True))
 
 
 def _bits(function, tensors, **options):
@@ -166,7 +167,7 @@ def _bits(function, tensors, **options):
 
 
 @pytest.mark.parametrize("options", [{}, {"documents": True, "dropout": 0.2}])
-def test_the_same_bits_every_time(device, options):
+def test_the_same_bits_every_time(device, deterministic, options):
     tensors = [x.half().to(device) for x in heads(40)]
     triton, _ = both(device, 40, **options)
 
@@ -174,8 +175,9 @@ def test_the_same_bits_every_time(device, options):
         out, lse = triton(*leaves)
         return out, None, lse
 
-    first = _bits(function, tensors)
-    assert all(a.equal(b) for a, b in zip(first, _bits(function, tensors), strict=True))
+    with deterministic(True):
+        first, second = _bits(function, tensors), _bits(function, tensors)
+    assert all(a.equal(b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("only", ["out", "lse"])

@@ -1,7 +1,5 @@
 """Attention's two backward forms: the fast one's gradients, who runs when, and what repeats."""
 
-import contextlib
-
 import pytest
 import torch
 
@@ -12,23 +10,8 @@ B, H, K = 2, 4, 2
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-@contextlib.contextmanager
-def deterministic(wanted: bool):
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(wanted)
-    # Fresh memory would be filled, and the poison of this folder with it.
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = fill
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-
-
 @pytest.fixture(params=[False, True], ids=["fast", "repeatable"])
-def repeatable(request):
+def repeatable(request, deterministic):
     with deterministic(request.param):
         yield request.param
 
@@ -150,7 +133,7 @@ def test_torchs_flag_chooses_the_form(device, launched, repeatable):
     assert launched == (REPEATABLE if repeatable else FAST)
 
 
-def test_the_repeatable_form_gives_the_same_bits(device):
+def test_the_repeatable_form_gives_the_same_bits(device, deterministic):
     tensors = heads(40, H=2, K=1)
     with deterministic(True):
         first, second = gradients(device, tensors), gradients(device, tensors)
@@ -160,7 +143,7 @@ def test_the_repeatable_form_gives_the_same_bits(device):
         torch.testing.assert_close(a, b, rtol=0.01, atol=0.001)
 
 
-def test_a_compiled_function_follows_the_flag(device, launched):
+def test_a_compiled_function_follows_the_flag(device, launched, deterministic):
     compiled = torch.compile(
         lambda q, k, v: attention(q, k, v, impl="triton").out, fullgraph=True, backend="aot_eager"
     )

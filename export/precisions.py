@@ -59,6 +59,12 @@ class Precision:
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
     floats: Literal["float32", "float16"] = "float32"
 
+    def __post_init__(self) -> None:
+        """Refuse what no kernel computes."""
+        formats = (self.layers, *self.overrides.values())
+        if self.floats == "float16" and any(isinstance(f, ChannelFormat) for f in formats):
+            raise ValueError(f"{self.name}: dynamic int8 products read and write float32 only")
+
     @property
     def quantized(self) -> bool:
         """Whether any weight is kept in less than its floats."""

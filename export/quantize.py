@@ -172,9 +172,7 @@ class _Stage:
         if not any(_looks_up_tokens(node) for node in readers):
             return replace(form, block=min(form.block, *(b for b in BLOCKS if b >= K), BLOCKS[-1]))
         block = dividing_block(K, form.block)
-        # Rows that are read as they are want their own errors small, whatever a product makes up.
-        method: Method = "search" if form.method == "gptq" else form.method
-        return replace(form, block=block or form.block, method=method)
+        return replace(form, block=block or form.block)
 
     def _blocks(self, product: Product, form: BlockFormat) -> tuple[Blocks, list[ir.Value | None]]:
         """A matrix in blocks, and MatMulNBits' inputs of it, made once."""

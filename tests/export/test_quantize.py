@@ -335,6 +335,24 @@ def test_an_int8_cache_needs_an_operator_that_reads_it(standard):
         quantize_cache(standard, ranges, Notes())
 
 
+def test_a_tied_head_is_calibrated_too(tied):
+    model, graph = tied
+    text = np.random.default_rng(5).integers(0, 2048, 2048).tolist()
+    calibration = Calibration(model, text)
+    errors = [
+        products_error(
+            quantize_graph(graph, PRECISIONS["q4"], Notes(), calibration=given), model, calibration
+        )["wte.weight"]
+        for given in (None, calibration)
+    ]
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_dynamic_int8_in_float16_is_refused():
+    with pytest.raises(ValueError, match="float32 only"):
+        Precision(name="q8f16", suffix="", layers=ChannelFormat(), floats="float16")
+
+
 def test_precisions_are_found_by_name():
     assert [each.name for each in find_precisions("q4, fp32,q4")] == ["q4", "fp32"]
     for wrong in ("q5", "", "fp32,x"):

@@ -135,7 +135,7 @@ def write_chart(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
             axis.barh(place, min(line["ratio"], _WIDEST), color="#0b7a75" if own else "#9fb0b9")
             digits = ".0f" if line["value"] >= 100 else ".1f"
             axis.text(0.03, place, f"{line['value']:{digits}} {line['unit']}", va="center",
-                      fontsize=7, color="#1c2b33")  # fmt: skip
+                      fontsize=7, color="white" if own else "#1c2b33")  # fmt: skip
         axis.axvline(1.0, color="#1c2b33", linewidth=0.8)
         axis.set_title(workload, fontsize=9)
         axis.tick_params(labelsize=7)

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -74,15 +73,13 @@ class EdgeModel:
         self.precision, self.file = choose(folder, precision)
         self.settings = settings.chosen(provider.lower(), threads, spinning)
         self._path = model_file(folder, self.file.file)
-        # A tokenizer of 50,000 words takes as long to read as the graph: both at once.
-        with ThreadPoolExecutor(1) as beside:
-            reading = beside.submit(load_tokenizer, folder, self.config["tokenizer_size"])
-            self._session = Session(
-                self._path, self.config, provider, file=self.file, settings=self.settings
-            )
-            self.tokenizer = reading.result()
+        # The tokenizer first: the graph then takes the memory that reading it gave back.
+        self.tokenizer = load_tokenizer(folder, self.config["tokenizer_size"])
         if self.tokenizer is not None:
             self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
+        self._session = Session(
+            self._path, self.config, provider, file=self.file, settings=self.settings
+        )
         self.provider = self._session.provider
         self.block_size = self.config["block_size"]
         self.vocab_size = self.config["vocab_size"]

@@ -120,7 +120,8 @@ def _error(x: Tensor, weight: Tensor | None, trial: Rounded) -> Tensor:
     """The weighted squared error of each block, (M, 1)."""
     rest = trial.values().sub_(x)
     other = rest if weight is None else rest * weight
-    return torch.linalg.vecdot(rest, other).unsqueeze(-1)
+    error: Tensor = torch.linalg.vecdot(rest, other).unsqueeze(-1)
+    return error
 
 
 def _full_range(x: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:

@@ -174,7 +174,7 @@ def _need_triton() -> None:
 
 def _most(*kernels: dict[str, Any]) -> str:
     def most(name: str) -> int:
-        return max(kernel[name] for kernel in kernels)
+        return int(max(kernel[name] for kernel in kernels))
 
     problems = sum(kernel["problems"] for kernel in kernels)
     return (

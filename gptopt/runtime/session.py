@@ -5,8 +5,10 @@ the runtime works, and explains itself, where it is not installed.
 """
 
 import contextlib
+import math
 import mmap
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,9 +168,19 @@ def _untouched(shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
     np.zeros would do, but numpy asks for huge pages, and then the first tokens of a text take all
     the memory that its longest form would.
     """
-    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    pages = mmap.mmap(-1, max(size, 1))
-    return np.frombuffer(pages, dtype, count=size // np.dtype(dtype).itemsize).reshape(shape)
+    count = math.prod(shape)
+    size = max(count * np.dtype(dtype).itemsize, 1)
+    try:
+        if sys.platform == "win32":
+            pages = mmap.mmap(-1, size)
+        else:
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError):
+        raise UserError(
+            f"the cache takes up to {size / 2**30:.1f} GiB, which this machine refuses; read fewer "
+            f"rows at once"
+        ) from None
+    return np.frombuffer(pages, dtype, count=count).reshape(shape)
 
 
 def _onnxruntime() -> Any:

@@ -1,5 +1,7 @@
 """Every form of the cache says what the growing one says, rewound, branched and saved too."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -335,3 +337,27 @@ def test_files_that_are_no_cache_or_cannot_be_written(models, tmp_path):
         models["right"].load_cache(tmp_path / "text")
     with pytest.raises(UserError, match="another model"):
         models["any"].generate([[1]], GREEDY, cache=cache)
+
+
+def test_a_cache_that_the_machine_refuses_is_one_line(models):
+    with pytest.raises(UserError, match="GiB, which this machine refuses; read fewer rows"):
+        models["right"]._session.zeros((2**20, 2**20, 2**10))
+
+
+def test_memory_is_taken_as_tokens_come(models):
+    """A cache for a long context costs what is in it: 1 GiB here, were it all touched."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        pytest.skip("Linux tells how much memory is resident")
+
+    def resident():
+        lines = status.read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmRSS")))  # KiB
+
+    before = resident()
+    array, address = models["right"]._session.zeros((4, 2**16, 2**10))
+    assert array[::2, :: 2**12].sum() == 0
+    array[0, 0, :8] = 1
+    assert address == array.ctypes.data
+    assert address % 64 == 0
+    assert resident() - before < 64 * 1024

@@ -135,7 +135,10 @@ def _bind(node: ir.Node, schema: Any, types: dict[ir.Value, str | None]) -> Type
     for value, formal in zip(node.inputs, _formals(schema.inputs, len(node.inputs)), strict=True):
         kind = None if value is None else types.get(value) or _type(value)
         if kind is not None and formal is not None:
-            bound[formal.typeStr] = bound[formal.name] = kind
+            before = bound.setdefault(formal.typeStr, kind)
+            # Inputs of one type variable that differ fit no kernel.
+            bound[formal.typeStr] = kind if before == kind else f"{before} and {kind}"
+            bound[formal.name] = kind
     return bound
 
 

@@ -10,6 +10,7 @@ wrong by less than the rounding is caught as well.
 import contextlib
 import copy
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ from gptopt.kernels.quantization import (
     quantize_cache,
 )
 
+# What quantising may do to a weight: about 1.5 times what block-wise rounding of Gaussian weights
+# does, whose error a calibrated method may exceed for the sake of the products.
+_WEIGHT_BOUNDS = {8: 0.03, 4: 0.2, 2: 0.8}
 _aten = torch.ops.aten
 _WHOLE = 0  # inputs of a product rounded with one scale for all of them
 _KEY_SCALE, _VALUE_SCALE = 12, 13  # GroupQueryAttention's inputs
@@ -46,6 +50,7 @@ class Held:
         tables: parameter -> the matrix that look-ups read.
         blocks: parameter -> how inputs of its products are rounded: elements per int8 scale of a
             row, or 0 for one scale over all.
+        bits: parameter -> how many bits an element has.
         half: whether the graph computes in float16.
         cache: per layer the scales of int8 keys and values, or nothing where they are floats.
     """
@@ -53,6 +58,7 @@ class Held:
     products: dict[str, Tensor] = field(default_factory=dict)
     tables: dict[str, Tensor] = field(default_factory=dict)
     blocks: dict[str, int] = field(default_factory=dict)
+    bits: dict[str, int] = field(default_factory=dict)
     half: bool = False
     cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
@@ -75,16 +81,36 @@ def held_by(path: Path) -> Held:
     for node in nodes_of(model, "MatMulNBits", MICROSOFT):
         name, weight = _matrix(node, node.inputs[1:4], int_of(node, "K", 0), "block_size")
         held.products[name], held.blocks[name] = weight, int_of(node, "block_size", 0)
+        held.bits[name] = int_of(node, "bits", 4)
     for node in nodes_of(model, "DynamicQuantizeMatMul", MICROSOFT):
         codes, scales = (_tensor(value) for value in node.inputs[1:3])
         name = _parameter(node.inputs[1])
         held.products[name] = dequantize_channels(Channels(codes.T, scales.float()))
-        held.blocks[name] = _WHOLE
+        held.blocks[name], held.bits[name] = _WHOLE, 8
     for node in nodes_of(model, "GatherBlockQuantized", MICROSOFT):
         rows, _, *rest = node.inputs
         name, held_rows = _matrix(node, [rows, *rest], None, "block_size")
         held.tables[name] = held_rows
+        held.bits.setdefault(name, int_of(node, "bits", 4))
     return held
+
+
+def strangest(model: nn.Module, held: Held) -> tuple[str, float, float] | None:
+    """(parameter, relative error, bound) of the weight that is least like the model's.
+
+    The proof takes a file's weights for granted, so that they must be those of the model is checked
+    apart: root mean square of the difference, as a part of that of the weight.
+    """
+    parameters = dict(model.named_parameters())
+    found = []
+    for name, weight in (*held.products.items(), *held.tables.items()):
+        bound = _WEIGHT_BOUNDS[held.bits[name]]
+        own = parameters.get(name)
+        if own is None or own.shape != weight.shape:
+            return name, math.inf, bound
+        error = float((weight - own.detach()).norm() / own.detach().norm().clamp(min=1e-30))
+        found.append((name, error, bound))
+    return max(found, key=lambda each: each[1] / each[2], default=None)
 
 
 def _matrix(node: ir.Node, inputs: Any, columns: int | None, block_name: str) -> tuple[str, Tensor]:

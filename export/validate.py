@@ -21,7 +21,7 @@ from gptopt.export import cases as plays
 from gptopt.export.reference import Expected, Reference
 from gptopt.export.stream import Claim, Growing, Shared, open_graph
 from gptopt.export.trace import Exportable
-from gptopt.export.twin import Held, held_by, write_strict_twin
+from gptopt.export.twin import Held, held_by, strangest, write_strict_twin
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
@@ -88,10 +88,16 @@ class Greedy:
 
 @dataclass(kw_only=True, slots=True)
 class Proof:
-    """All cases of a proof."""
+    """All cases of a proof.
+
+    Attributes:
+        weight: of a quantised file the parameter that is least like the model's: its name, relative
+            error and bound.
+    """
 
     outcomes: list[Outcome] = field(default_factory=list)
     greedy: Greedy | None = None
+    weight: tuple[str, float, float] | None = None
     seconds: float = 0.0
 
     @property
@@ -107,6 +113,9 @@ class Proof:
     @property
     def failure(self) -> str | None:
         """The first case that did not hold, in a line: its name, the error, the budget, where."""
+        if self.weight is not None and not self.weight[1] <= self.weight[2]:
+            name, error, bound = self.weight
+            return f"weight {name}: differs by {error:.2g} of itself, at most {bound} expected"
         for each in self.outcomes:
             if not each.passed:
                 return (
@@ -125,6 +134,8 @@ class Proof:
             "budget": self.worst.budget,
             "worst_case": self.worst.case,
             "cases": [each.as_dict() for each in self.outcomes],
+            "weight": self.weight
+            and dict(zip(("name", "error", "bound"), self.weight, strict=True)),
             "greedy": None if self.greedy is None else asdict(self.greedy),
         }
 
@@ -152,6 +163,7 @@ def prove(
     started = time.monotonic()
     held = held_by(path)
     proof = _play(path, model, held, vocab_size, cases, file or EdgeFile())
+    proof.weight = strangest(model, held)
     if (held.products or held.cache) and not held.half and proof.passed:
         _add_strict(proof, path, model, held, vocab_size, cases, file or EdgeFile())
     proof.seconds = time.monotonic() - started

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gptopt.runtime.edge import EdgeModel
+from gptopt.runtime.settings import measured
 
 
 class Peer:
@@ -15,11 +16,13 @@ class Peer:
     def __init__(self, model: Path, variant: str, threads: int) -> None:
         import onnxruntime
 
-        self.model = EdgeModel(model, precision=variant)
-        settings = self.model.settings
+        tuned = measured("cpu")
+        fits = tuned is not None and tuned.threads <= threads  # as every contender, at most so many
+        self.model = EdgeModel(model, precision=variant, threads=0 if fits else threads)
+        chosen = self.model.settings
         self.version = (
-            f"onnxruntime {onnxruntime.__version__}, {settings.threads or 'default'} threads, "
-            f"spinning {settings.spinning}"
+            f"onnxruntime {onnxruntime.__version__}, {chosen.threads} threads, spinning "
+            f"{chosen.spinning}"
         )
         path = model / self.model.file.file
         both = (path, path.with_name(path.name + "_data"))

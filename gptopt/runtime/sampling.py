@@ -45,7 +45,7 @@ def choose(
     """
     scores = penalised(logits[:, :size], sampling, seen)
     best: Ints = scores.argmax(axis=-1).astype(np.int64)  # NaN counts as the largest
-    if not np.isfinite(np.take_along_axis(scores, best[:, None], axis=-1)).all():
+    if not np.isfinite(scores[np.arange(len(best)), best]).all():
         raise NotFinite
     if sampling.temperature == 0:
         return best

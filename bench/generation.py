@@ -23,7 +23,8 @@ from gptopt.bench.timing import (
     free_memory,
     reason,
 )
-from gptopt.config import PRESETS, BenchOptions, ModelConfig, SamplingOptions
+from gptopt.config import PRESETS, ModelConfig, SamplingOptions
+from gptopt.config_machine import BenchOptions
 from gptopt.errors import CheckFailed
 from gptopt.generate import generate_tokens
 from gptopt.model import GPT

@@ -20,7 +20,7 @@ from gptopt.bench.inference_models import make_gpt2
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.bench.machine import stamp
 from gptopt.bench.processes import Worker, run_once, wait_for_quiet, worker_command
-from gptopt.config import InferenceOptions
+from gptopt.config_machine import InferenceOptions
 from gptopt.errors import UserError
 from gptopt.log import say
 from gptopt.manifest import read_json

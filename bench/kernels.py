@@ -25,7 +25,7 @@ from gptopt.bench.timing import (
     measure,
     reason,
 )
-from gptopt.config import BenchOptions
+from gptopt.config_machine import BenchOptions
 from gptopt.errors import CheckFailed
 from gptopt.log import progress
 

@@ -33,7 +33,8 @@ from gptopt.bench.timing import (
     free_memory,
     reason,
 )
-from gptopt.config import PRESETS, BenchOptions, ModelConfig, TrainOptions
+from gptopt.config import PRESETS, ModelConfig, TrainOptions
+from gptopt.config_machine import BenchOptions
 from gptopt.data import Dataset, Sampler
 from gptopt.errors import CheckFailed
 from gptopt.model import GPT

@@ -14,7 +14,7 @@ from gptopt.bench.limits import Limits, measure_limits
 from gptopt.bench.records import Recorder
 from gptopt.bench.report import PAGE, SUMMARY, write_report
 from gptopt.bench.timing import TimeBudget
-from gptopt.config import BenchOptions
+from gptopt.config_machine import BenchOptions
 from gptopt.errors import UserError
 from gptopt.log import say
 from gptopt.training.hardware import resolve_device

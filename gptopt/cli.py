@@ -107,10 +107,9 @@ def _named_extra(name: str, verb: Verb) -> Iterator[None]:
 
 
 def _overview() -> str:
-    config = importlib.import_module("gptopt.config")
     lines = ["usage: gptopt VERB [options]", "", "A GPT from text to the edge.", ""]
     for name, verb in VERBS.items():
-        lines.append(f"  {name:<16} {_first_sentence(getattr(config, verb.options))}")
+        lines.append(f"  {name:<16} {_first_sentence(verb.options_class)}")
     return "\n".join([*lines, "", "gptopt VERB --help lists a verb's options."])
 
 
@@ -128,7 +127,7 @@ def parse(name: str, arguments: Sequence[str]) -> "BaseModel":
         UserError: an unknown flag or key, a value out of range, or a file that cannot be read.
     """
     verb = VERBS[name]
-    options: type[BaseModel] = getattr(importlib.import_module("gptopt.config"), verb.options)
+    options = verb.options_class
     parser = _parser(name, verb, options)
     given, unknown = parser.parse_known_args(list(arguments))
     if unknown:

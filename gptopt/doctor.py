@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from gptopt import __version__, doctor_kernels
-from gptopt.config import DoctorOptions
+from gptopt.config_machine import DoctorOptions
 from gptopt.log import say
 
 PACKAGES = (
@@ -24,9 +24,11 @@ def doctor(options: DoctorOptions) -> dict[str, Any]:
         gptopt, python, platform, packages {name: version | null}, devices [{name, memory_bytes}],
         providers [onnxruntime providers], operators {op: {body, reason}}, problems [text],
         kernels {what they cost, see `doctor_kernels.shipped`}; with --kernels proofs {op: {passed,
-        cases, worst, reason}}, or with --compile-only kernels compiled now.
+        cases, worst, reason}}, or with --compile-only kernels compiled now; with --tune tuned {op:
+        [what `gptopt.kernels.tuning.Tuned` says]}.
 
     Raises:
+        UserError: --tune where there is no GPU.
         CheckFailed: a proof failed, or a kernel compiled now must not be shipped.
     """
     # First: a GPU in use has configurations of its own, and what is proven shows in the operators.
@@ -36,6 +38,8 @@ def doctor(options: DoctorOptions) -> dict[str, Any]:
         kernels = {"kernels": doctor_kernels.shipped()}
         if options.kernels:
             kernels["proofs"] = doctor_kernels.prove_kernels()
+        if options.tune:
+            kernels["tuned"] = doctor_kernels.tune_kernels()
     packages = {name: _version(name) for name in PACKAGES}
     report: dict[str, Any] = {
         "gptopt": __version__,
@@ -127,5 +131,7 @@ def _show(report: dict[str, Any]) -> None:
         doctor_kernels.show_compiled(report["kernels"])
     if "proofs" in report:
         doctor_kernels.show_proofs(report["proofs"])
+    if "tuned" in report:
+        doctor_kernels.show_tuned(report["tuned"])
     for problem in report["problems"]:
         say("problem      " + problem)

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from gptopt.config import DoctorOptions
+from gptopt.config_machine import DoctorOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.log import progress, say
 
@@ -96,6 +96,30 @@ def prove_kernels() -> dict[str, dict[str, Any]]:
                 found[operator] = {"passed": None, "cases": 0, "worst": None, "reason": obstacle}
             shown.update(1, last=operator)
     return found
+
+
+def tune_kernels() -> dict[str, list[dict[str, Any]]]:
+    """Search launch configurations on this GPU; those that are faster and right are kept.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise UserError("torch is not installed: doctor --kernels needs gptopt[train]")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError("--tune: times kernels on a GPU, and none is visible; leave --tune out")
+    from gptopt.kernels import tuning
+
+    return tuning.tune_all("cuda")
+
+
+def show_tuned(tuned: dict[str, list[dict[str, Any]]]) -> None:
+    """A line for each operator."""
+    for operator, found in tuned.items():
+        better = sum(result["better"] for result in found)
+        say(f"{operator:<17}{len(found)} configurations searched, {better} faster ones kept")
 
 
 def show_compiled(summary: dict[str, Any]) -> None:

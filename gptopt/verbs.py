@@ -3,17 +3,31 @@
 That keeps `--help` instant, and no import arrow runs from the command line's table upwards.
 """
 
+import importlib
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gptopt.config import Options
 
 
 @dataclass(frozen=True)
 class Verb:
-    """Where a verb lives, its options in gptopt.config, and which of them stand without a flag."""
+    """Where a verb lives, its options, and which of them stand without a flag."""
 
     function: str  # "module:function", called with the options, returns the JSON object
-    options: str
+    options: str  # a class of gptopt.config, or "module:Class" of another module of gptopt
     positional: str | None = None
     extra: str | None = None  # the packages it needs beyond the base: gptopt[extra]
+
+    @property
+    def options_class(self) -> "type[Options]":
+        """The class, imported now."""
+        module, _, name = self.options.rpartition(":")
+        found: type[Options] = getattr(
+            importlib.import_module(f"gptopt.{module or 'config'}"), name
+        )
+        return found
 
 
 VERBS = {
@@ -27,9 +41,11 @@ VERBS = {
         "gptopt.export.verbs:validate", "ValidateOptions", "folder", extra="train,export"
     ),
     "run": Verb("gptopt.runtime.verbs:run", "RunOptions", "folder", extra="edge"),
-    "bench": Verb("gptopt.bench.verb:bench", "BenchOptions", "what", extra="train"),
+    "bench": Verb("gptopt.bench.verb:bench", "config_machine:BenchOptions", "what", extra="train"),
     "bench inference": Verb(
-        "gptopt.bench.inference:inference", "InferenceOptions", extra="train,export,bench"
+        "gptopt.bench.inference:inference",
+        "config_machine:InferenceOptions",
+        extra="train,export,bench",
     ),
-    "doctor": Verb("gptopt.doctor:doctor", "DoctorOptions"),
+    "doctor": Verb("gptopt.doctor:doctor", "config_machine:DoctorOptions"),
 }

@@ -38,7 +38,7 @@ def test_help_is_instant_and_imports_no_torch(verb):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_of_every_verb_is_documented(verb):
-    for key, field in cli._leaves(getattr(config_module, VERBS[verb].options)):
+    for key, field in cli._leaves(VERBS[verb].options_class):
         assert field.description, f"{verb}: {key}"
 
 
@@ -157,7 +157,7 @@ def test_doctor_says_one_line_each(capsys):
 
 def test_every_default_is_valid():
     for verb in VERBS.values():
-        options = getattr(config_module, verb.options)
+        options = verb.options_class
         for key, field in cli._leaves(options):
             if not field.is_required() and typing.get_origin(field.annotation) is typing.Literal:
                 assert field.default in typing.get_args(field.annotation), key

@@ -8,7 +8,7 @@ import typing
 import pytest
 
 from gptopt import cli, doctor_kernels
-from gptopt import config as config_module
+from gptopt.config_machine import DoctorOptions
 from gptopt.kernels import aot, compiled, proof, select
 from gptopt.kernels.compiled import Row
 
@@ -153,6 +153,23 @@ def test_proofs_are_run_and_kept(capsys, monkeypatch):
     assert proofs["ffn"] == {"passed": True, "cases": 5, "worst": 0.5, "reason": ""}
 
 
+def test_tuning_needs_a_gpu_and_the_kernels(capsys, monkeypatch):
+    assert cli.main(["doctor", "--tune"]) == 2
+    assert "--tune goes with --kernels" in capsys.readouterr().err
+    monkeypatch.setattr(select, "obstacle", lambda *_: "Triton kernels need a GPU")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert cli.main(["doctor", "--kernels", "--tune"]) == 2
+    assert "none is visible" in capsys.readouterr().err
+
+
+def test_what_was_tuned_is_said(capsys, monkeypatch):
+    found = {"ffn": [{"better": True}, {"better": False}]}
+    monkeypatch.setattr(select, "obstacle", lambda *_: "Triton kernels need a GPU")
+    monkeypatch.setattr(doctor_kernels, "tune_kernels", lambda: found)
+    assert cli.main(["doctor", "--kernels", "--tune"]) == 0
+    assert "2 configurations searched, 1 faster ones kept" in capsys.readouterr().out
+
+
 def test_a_failed_proof_is_exit_code_1(capsys, monkeypatch):
     def prove(operator, _):
         passed = operator != "ffn"
@@ -170,7 +187,7 @@ def test_a_failed_proof_is_exit_code_1(capsys, monkeypatch):
 
 
 def test_the_choices_are_those_of_the_compiler():
-    fields = config_module.DoctorOptions.model_fields
+    fields = DoctorOptions.model_fields
 
     def choices(name):
         return typing.get_args(typing.get_args(fields[name].annotation)[0])

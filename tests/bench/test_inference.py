@@ -10,7 +10,7 @@ from gptopt.bench import inference as bench
 from gptopt.bench.inference_models import make_gpt2, write_tokenizer
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.bench.processes import Worker, run_once, worker_command
-from gptopt.config import InferenceOptions
+from gptopt.config_machine import InferenceOptions
 from gptopt.errors import UserError
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="stops Linux processes")

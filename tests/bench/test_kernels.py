@@ -27,7 +27,7 @@ from gptopt.bench.operators import (  # noqa: E402
 )
 from gptopt.bench.records import Recorder, read_rows  # noqa: E402
 from gptopt.bench.timing import TimeBudget  # noqa: E402
-from gptopt.config import BenchOptions  # noqa: E402
+from gptopt.config_machine import BenchOptions  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LIMITS = Limits(1e10, {"float32": 1e10})

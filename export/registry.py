@@ -70,7 +70,8 @@ def check_kernels(model: ir.Model, target: Target, notes: Notes) -> None:
                 f"{target.provider} has no float16 kernel for it",
             )  # fmt: skip
             continue
-        kinds = ", ".join(sorted(set(bound.values()))) or "unknown types"
+        given = {types.get(value) for value in node.inputs if value is not None}
+        kinds = ", ".join(sorted(kind for kind in given if kind)) or "no inputs"
         raise CheckFailed(
             f"--target {target.name}: {target.provider} has no kernel for node "
             f"{node.name or node.outputs[0].name!r}: {node.domain or 'ai.onnx'}.{node.op_type} at "

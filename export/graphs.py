@@ -36,7 +36,7 @@ def is_transpose(node: ir.Node, perm: tuple[int, ...]) -> bool:
 
 def only_reader(value: ir.Value) -> ir.Node | None:
     """The node that reads a value, where it is the only one and reads it once."""
-    uses = value.uses()
+    uses = list(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
 
 

@@ -56,8 +56,8 @@ def check_kernels(model: ir.Model, target: Target, notes: Notes) -> None:
     for node in model.graph:
         schema = _schema(node, model)
         bound = {} if schema is None else _bind(node, schema, types)
-        for value, found in zip(node.outputs, _outputs(node, schema, bound), strict=False):
-            types[value] = _type(value) or found
+        for value, kind in zip(node.outputs, _outputs(node, schema, bound), strict=False):
+            types[value] = _type(value) or kind
         if schema is not None:
             _bind_outputs(node, schema, types, bound)
         found = kernels.get((_domain(node.domain), node.op_type), [])
@@ -88,7 +88,8 @@ def _kernels(provider: str) -> dict[tuple[str, str], list[Kernel]]:
     found: dict[tuple[str, str], list[Kernel]] = {}
     for each in state.get_all_opkernel_def():
         if each.provider == provider:
-            kernel = Kernel(*each.version_range, each.type_constraints)
+            first, last = each.version_range
+            kernel = Kernel(first, last, each.type_constraints)
             found.setdefault((_domain(each.domain), each.op_name), []).append(kernel)
     return found
 

@@ -164,7 +164,7 @@ def _with_weights(model: nn.Module, held: Held) -> nn.Module:
     return model
 
 
-class Rounding(TorchDispatchMode):
+class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Runs a model with inputs of products rounded as the file's kernels round them.
 
     Look-ups in a table that products know in another form read what the file's look-ups read.
@@ -176,7 +176,7 @@ class Rounding(TorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module, copied: nn.Module, held: Held, *, inputs: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._blocks: dict[tuple[int, int], int] = {}
         self._tables: dict[tuple[int, int], Tensor] = {}
         originals = dict(model.named_parameters())
@@ -242,8 +242,8 @@ def _rounded(x: Tensor, block: int) -> Tensor:
         return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
     n, K = x.shape
     padded = nn.functional.pad(x, (0, -K % block)).float().view(n, -1, block)
-    scale = padded.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
-    rounded = (padded / scale).round().mul_(scale)
+    scales = padded.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127
+    rounded = (padded / scales).round().mul_(scales)
     return rounded.view(n, -1)[:, :K].to(x.dtype)
 
 

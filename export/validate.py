@@ -194,7 +194,7 @@ def _play(
     config = cast(Exportable, model).config
     assert config.vocab_size is not None
     causal = config.causal
-    band = None if strict else _band(held)
+    band = None if strict else band_of(held)
     session = open_graph(path, config, file)
     growing = Growing(session)
     shared = file.cache == "shared"
@@ -227,8 +227,8 @@ def _play(
     return proof
 
 
-def _band(held: Held) -> float | None:
-    """What lower precision adds to the budget, as a part of the range."""
+def band_of(held: Held) -> float | None:
+    """What lower precision adds to the budget, as a part of the range; nothing in float32."""
     if held.exact:
         return None
     return _HALF_BAND if held.half else _RANGE_FACTOR

@@ -1,0 +1,377 @@
+"""Where a wrong graph goes wrong: the first operator that departs from the reference.
+
+What the operators of the graph read and write is made an output of a temporary copy and compared,
+in graph order, with the steps of the recorded program (steps.py), by the budget of the proof. The
+parameters that a node reads tell which step it is, so fused and quantised nodes are found as well.
+Where nothing of the model corresponds to a node's result (a mask in the making, half an
+activation), it counts with the next result that has a counterpart.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from gptopt.export.contract import Contract
+from gptopt.export.counterparts import LENGTHS, Check, checks_of, output_key, reader_of
+from gptopt.export.steps import Feeds, Key, Steps, layer_of, record
+from gptopt.export.trace import Exportable, trace
+from gptopt.export.twin import Held, exact_model, held_by, same_model, write_strict_twin
+from gptopt.export.weights import strange_weights
+from gptopt.runtime.variants import EdgeFile
+
+_TORCH_FACTOR = 2.0
+_RANGE_FACTOR = 2e-5
+_HALF_BAND = 2.0**-8  # of a range: a few roundings of float16 on the way to an operator
+_HALF_ROUNDED_BAND = 2.0**-4  # the same where products round their inputs to int8
+_HIDDEN = -1e4  # an added number below this hides a key, in float16 too
+_SEED = 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Departure:
+    """The first operator that does not say what the model says.
+
+    Attributes:
+        node: its name in the graph. op_type: its operator.
+        layer: number of the layer; None outside of the layers.
+        compared: what was compared, in words.
+        error: largest distance from float64. budget: the largest that passes.
+        play: which inputs showed it.
+        nodes: all nodes since the last right results, the named one included.
+    """
+
+    node: str
+    op_type: str
+    layer: int | None
+    compared: str
+    error: float
+    budget: float
+    play: str
+    nodes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        place = "" if self.layer is None else f" of layer {self.layer}"
+        return (
+            f"{self.node} ({self.op_type}{place}) departs first: {self.compared}, error "
+            f"{self.error:.2e}, budget {self.budget:.2e}, in {self.play}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """For report.json."""
+        return asdict(self)
+
+
+class Bisection:
+    """A recorded model that graphs are compared with; several graphs need one record only.
+
+    Args:
+        model: as for `validate.prove`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.config = cast(Exportable, model).config
+        self.contract = Contract.of(self.config)
+        self._program = trace(model, self.contract)
+        self._kept: dict[str, list[tuple[Feeds, list[Steps]]]] = {}
+
+    def plays(self, held: Held, file: EdgeFile) -> list[tuple[Feeds, list[Steps]]]:
+        """Inputs, and the steps of the model in float64 and in the file's precision."""
+        if held.exact and file.padding in self._kept:
+            return self._kept[file.padding]
+        weights = []
+        for make in (exact_model, same_model):
+            parameters = make(self.model, held).named_parameters()
+            weights.append({name: tensor.detach() for name, tensor in parameters})
+        found = []
+        for feeds in _plays(self.contract, file, self.config.block_size):
+            steps = [record(self._program, each, _typed(feeds, each)) for each in weights]
+            found.append((feeds, steps))
+        if held.exact:
+            self._kept[file.padding] = found
+        return found
+
+    def locate(self, path: Path, file: EdgeFile | None = None) -> Departure | None:
+        """The first operator of an ONNX file that departs from the model; None where none does.
+
+        Args:
+            path: the ONNX file; a copy of its graph lies beside it meanwhile.
+            file: what is known of the file; none: a growing cache, padding anywhere.
+        """
+        file, held = file or EdgeFile(), held_by(path)
+        graph = ir.load(path)
+        nodes = list(graph.graph)
+        found = [
+            _departure(nodes, [reader], odd.name, odd.error, odd.bound, "a comparison of weights")
+            for odd in strange_weights(graph, self.model, held)
+            if (reader := reader_of(odd.value)) is not None
+        ]
+        strict = not held.half and not held.exact
+        twin = path.with_name("model_bisected.onnx")
+        try:
+            if strict:
+                write_strict_twin(path, twin)
+            run = _Run(twin if strict else path, held, file)
+            found += run.departures(twin, nodes, self.plays(held, file))
+        finally:
+            twin.unlink(missing_ok=True)
+        order = {node.name: index for index, node in enumerate(nodes)}
+        return min(found, key=lambda each: order[each.node], default=None)
+
+
+def locate(path: Path, model: nn.Module, *, file: EdgeFile | None = None) -> Departure | None:
+    """The first operator of an ONNX file that departs from a model, see Bisection."""
+    return Bisection(model).locate(path, file)
+
+
+def _departure(
+    nodes: Sequence[ir.Node], region: Sequence[ir.Node], compared: str, error: float,
+    budget: float, play: str, layer: int | None = None,
+) -> Departure:  # fmt: skip
+    """`region` ends with the node to name."""
+    names = [_original(nodes, node) for node in region]
+    last = names[-1]
+    return Departure(
+        node=last.name or "", op_type=last.op_type,
+        layer=layer if layer is not None else layer_of(compared),
+        compared=compared, error=error, budget=budget, play=play,
+        nodes=tuple(dict.fromkeys(node.name or "" for node in names)),
+    )  # fmt: skip
+
+
+def _original(nodes: Sequence[ir.Node], node: ir.Node) -> ir.Node:
+    """The node of the file that stands where one of its copy stands."""
+    names = {node.name} | {output.name for output in node.outputs if output.name}
+    for each in nodes:
+        if each is node or any(output.name in names for output in each.outputs if output.name):
+            return each
+    return node if node.name in {each.name for each in nodes} else nodes[-1]
+
+
+@dataclass(slots=True)
+class _Run:
+    """One graph beside one model."""
+
+    path: Path
+    held: Held
+    file: EdgeFile
+
+    def departures(
+        self, copy: Path, nodes: Sequence[ir.Node], plays: Sequence[tuple[Feeds, list[Steps]]]
+    ) -> list[Departure]:
+        """The first departure of each play. `copy` is where a graph may be written."""
+        import onnxruntime
+
+        graph = ir.load(self.path)
+        checks = _all_checks(graph)
+        known = set(graph.graph.outputs)
+        for check in checks:
+            value = check.value
+            if value is not None and value.producer() is not None and value not in known:
+                known.add(value)
+                graph.graph.outputs.append(value)
+        outputs = [value.name or "" for value in graph.graph.outputs]
+        ir.save(graph, copy)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
+        types = {each.name: each.type for each in session.get_inputs()}
+        found = []
+        for feeds, steps in plays:
+            values = dict(zip(outputs, session.run(outputs, _inputs(feeds, types)), strict=True))
+            found += self._first(feeds, checks, steps, values, nodes)
+        return found
+
+    def _first(
+        self, feeds: Feeds, checks: Sequence[Check], steps: Sequence[Steps],
+        values: Mapping[str, npt.NDArray[Any]], nodes: Sequence[ir.Node],
+    ) -> list[Departure]:  # fmt: skip
+        seen: dict[Key, int] = defaultdict(int)
+        good: set[ir.Value] = set()
+        for check in checks:
+            expected = _lengths(feeds, self.file) if check.key[0] in LENGTHS else None
+            if expected is None:
+                pair = [each.values.get(check.key, [])[seen[check.key] :] for each in steps]
+                if not all(pair):
+                    continue
+                double, single = (each[0] for each in pair)
+                if check.key[0] not in ("mask", "cosines", "sines"):
+                    seen[check.key] += 1
+                last = steps[0].modules.get(check.key, check.key[1])
+            else:
+                double = single = expected[check.key[0]]
+                last = steps[0].modules.get(("attention", check.key[1]), "")
+            value = None if check.value is None else values.get(check.value.name or "")
+            if check.value is not None and value is None:
+                continue  # an input or a constant: nobody computed it
+            error, budget = self._compare(check, feeds, value, double, single)
+            if error <= budget:
+                if check.value is not None:
+                    good.add(check.value)
+                continue
+            start = check.node if check.value is None else cast(ir.Node, check.value.producer())
+            text = f"{check.key[0]} of {check.key[1] if not check.key[1].isdigit() else last}"
+            layer = layer_of(last) if last else None
+            region = [start] if check.value is None else _region(start, good)
+            return [_departure(nodes, region, text, error, budget, feeds.name, layer)]
+        return []
+
+    def _compare(
+        self, check: Check, feeds: Feeds, value: npt.NDArray[Any] | None, double: Tensor,
+        single: Tensor,
+    ) -> tuple[float, float]:  # fmt: skip
+        """(error, budget)."""
+        if check.key[0] == "mask":
+            return _mask_error(check, feeds, self.file, value, double), 1e-6
+        assert value is not None
+        if check.key[0] in LENGTHS:
+            return float(np.abs(value.reshape(-1) - double.numpy()).max()), 0.0
+        wanted, rough, mine = (
+            _real(array, feeds) for array in (double, single, torch.from_numpy(value))
+        )
+        if mine is None or wanted is None or rough is None or mine.numel() != wanted.numel():
+            return 0.0, 0.0  # another layout: nothing to hold it to
+        mine, wanted, rough = (x.double().reshape(-1) for x in (mine, wanted, rough))
+        if not bool(torch.isfinite(mine).all()):
+            return np.inf, 0.0
+        spread = float(wanted.max() - wanted.min())
+        torch_error = float((rough - wanted).abs().max())
+        budget = max(_TORCH_FACTOR * torch_error, self._band() * spread)
+        return float((mine - wanted).abs().max()), budget
+
+    def _band(self) -> float:
+        if not self.held.half:
+            return _RANGE_FACTOR
+        return _HALF_ROUNDED_BAND if self.held.products else _HALF_BAND
+
+
+def _all_checks(graph: ir.Model) -> list[Check]:
+    """In the order of the graph."""
+    checks = [check for node in graph.graph for check in checks_of(node)]
+    for value in graph.graph.outputs:
+        key, node = output_key(value.name or ""), value.producer()
+        if key is not None and node is not None:
+            checks.append(Check(value, key, node))
+    order = {node: index for index, node in enumerate(graph.graph)}
+    return sorted(checks, key=lambda check: order[check.node])
+
+
+def _region(start: ir.Node, good: set[ir.Value]) -> list[ir.Node]:
+    """What lies between right results and a node, which comes last."""
+    found, waiting = {start: None}, [start]
+    while waiting:
+        for value in waiting.pop().inputs:
+            node = None if value is None or value in good else value.producer()
+            if node is not None and node not in found:
+                found[node] = None
+                waiting.append(node)
+    return list(found)[::-1]
+
+
+def _plays(contract: Contract, file: EdgeFile, block_size: int) -> Iterator[Feeds]:
+    """A padded prompt, one more token for each row, and several more for one."""
+    random = torch.Generator().manual_seed(_SEED)
+    side = 0 if file.padding == "right" else 1
+    for name, rows, past, new in (
+        ("a padded prompt", 2, 0, 9), ("single tokens", 2, 7, 1), ("part of a prompt", 1, 5, 3),
+    ):  # fmt: skip
+        if past and not contract.causal:
+            continue
+        new = min(new, block_size - past)
+        if new < 1:
+            continue
+        mask = torch.ones(rows, past + new, dtype=torch.int64)
+        if rows > 1 and past + new > 3 and (side or not past):
+            mask[1, :2] = 0  # on the left
+            mask = mask if side else mask.flip(1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+        ids = torch.randint(0, contract.vocab_size, (rows, new), generator=random)
+        shape = (rows, contract.kv_heads, past, contract.head_size)
+        cache = [
+            (torch.randn(shape, generator=random), torch.randn(shape, generator=random))
+            for _ in range(contract.n_layer if contract.causal else 0)
+        ]
+        yield Feeds(name, ids, mask, positions, cache)
+
+
+def _typed(feeds: Feeds, weights: Mapping[str, Tensor]) -> Feeds:
+    """The same with the cache in the floats of the weights."""
+    dtype = next(iter(weights.values())).dtype
+    return feeds._replace(past=[(k.to(dtype), v.to(dtype)) for k, v in feeds.past])
+
+
+def _inputs(feeds: Feeds, types: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+    """What a session is given."""
+    given = {
+        "input_ids": feeds.ids, "attention_mask": feeds.mask, "position_ids": feeds.positions,
+    }  # fmt: skip
+    for layer, pair in enumerate(feeds.past):
+        for part, tensor in zip(("key", "value"), pair, strict=True):
+            name = f"past_key_values.{layer}.{part}"
+            given[name] = tensor.half() if "float16" in types.get(name, "") else tensor
+    return {name: tensor.numpy() for name, tensor in given.items() if name in types}
+
+
+def _lengths(feeds: Feeds, file: EdgeFile) -> dict[str, Tensor]:
+    """What GroupQueryAttention is told of the cache."""
+    B, S = feeds.mask.shape
+    last = feeds.mask.sum(1) if file.padding == "right" else torch.full((B,), S)
+    return {"last tokens": last - 1, "total length": torch.tensor([S])}
+
+
+def _real(x: Tensor, feeds: Feeds) -> Tensor | None:
+    """The part of a result that belongs to real tokens, (n, C); None where it has no such form.
+
+    x: (B, T, C), (B, H, T or S, D), (B T, C) or (1, T, C).
+    """
+    B, S = feeds.mask.shape
+    T = feeds.ids.shape[1]
+    if x.dim() == 4:
+        x = x.transpose(1, 2).flatten(2)
+    if x.dim() == 2 and x.shape[0] == B * T:
+        x = x.view(B, T, -1)
+    if x.dim() != 3 or x.shape[0] not in (1, B) or x.shape[1] not in (T, S):
+        return None
+    real = feeds.mask.bool() if x.shape[1] == S else feeds.mask[:, S - T :].bool()
+    return x.expand(B, -1, -1)[real]
+
+
+def _mask_error(
+    check: Check, feeds: Feeds, file: EdgeFile, value: npt.NDArray[Any] | None, wanted: Tensor
+) -> float:
+    """How wrong a mask or bias is, inf where it hides or shows a key that it should not."""
+    B, S = feeds.mask.shape
+    T = feeds.ids.shape[1]
+    gqa = check.node.op_type == "GroupQueryAttention"
+    compact = gqa and file.padding == "right"
+    if value is None:
+        mine = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    else:
+        mine = torch.from_numpy(value)
+        mine = torch.where(mine, 0.0, -torch.inf) if mine.dtype == torch.bool else mine
+        mine = mine.double()
+    if mine.dim() != 4:
+        return 0.0
+    mine, wanted = torch.broadcast_tensors(mine, wanted)
+    rows = feeds.mask[:, None, S - T :, None].bool().expand(B, mine.shape[1], T, S)
+    if compact:  # the operator hides; columns of a padded row are others
+        whole = feeds.mask.bool().all(1)[:, None, None, None]
+        rows = rows & whole & ~torch.isneginf(wanted)
+    elif gqa:  # it hides later keys itself
+        rows = rows & (torch.arange(S - T, S)[:, None] >= torch.arange(S))
+    hidden, shown = torch.isneginf(wanted), mine > _HIDDEN
+    if bool((rows & (hidden == shown)).any()):
+        return float("inf")
+    rows = rows & shown
+    if not bool(rows.any()):
+        return 0.0
+    scale = max(float(wanted[rows].abs().max()), 1.0)
+    return float((mine - wanted)[rows].abs().max()) / scale

@@ -1,0 +1,66 @@
+"""The weights that a graph stores beside those of the model, one by one."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from gptopt.export.twin import Held
+
+_FLOATS = {ir.DataType.FLOAT: 0.0, ir.DataType.FLOAT16: 2.0**-10}  # of the largest number
+_BLOCKS = {8: 0.06, 4: 0.4, 2: 1.6}  # relative error of one block, by bits: twice a matrix's bound
+_COLUMNS = 32  # of a block whose size is not known
+
+
+class Odd(NamedTuple):
+    """A stored tensor that is not the parameter whose name it bears."""
+
+    value: ir.Value
+    name: str
+    error: float
+    bound: float
+
+
+def strange_weights(graph: ir.Model, model: nn.Module, held: Held) -> Iterator[Odd]:
+    """Every stored weight that is further from the model's than its precision explains."""
+    parameters = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    initializers = graph.graph.initializers
+    for name, own in parameters.items():
+        value = initializers.get(name)
+        if value is not None and value.const_value is not None and value.dtype in _FLOATS:
+            stored = torch.from_numpy(value.const_value.numpy().copy()).float()
+            bound = _FLOATS[value.dtype] * float(own.abs().max())
+            error = _distance(stored, own)
+            if not error <= bound:
+                yield Odd(value, f"stored {name}", error, bound)
+    for ending, weights in (("codes", held.products), ("rows", held.tables)):
+        for name, weight in weights.items():
+            value = initializers.get(f"{name}.{ending}")
+            if value is None or name not in parameters:
+                continue
+            bound = _BLOCKS[held.bits[name]]
+            error = _worst_block(weight, parameters[name], held.blocks.get(name) or _COLUMNS)
+            if not error <= bound:
+                yield Odd(value, f"stored {name}", error, bound)
+
+
+def _distance(stored: Tensor, own: Tensor) -> float:
+    """The smaller one of the two ways that a matrix may lie."""
+    ways = [stored] if stored.dim() != 2 else [stored, stored.T]
+    errors = [float((way - own).abs().max()) for way in ways if way.shape == own.shape]
+    return min(errors, default=float("inf"))
+
+
+def _worst_block(weight: Tensor, own: Tensor, block: int) -> float:
+    """Largest relative error of a block of a row."""
+    if weight.shape != own.shape:
+        return float("inf")
+    N, K = own.shape
+    pad = -K % block
+    difference, own = (
+        nn.functional.pad(x.float(), (0, pad)).view(N, -1, block) for x in (weight - own, own)
+    )
+    floor = 0.25 * own.norm() / max(own[..., 0].numel(), 1) ** 0.5  # a block of nearly zeros
+    return float((difference.norm(dim=-1) / own.norm(dim=-1).clamp(min=floor)).max())

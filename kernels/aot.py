@@ -211,7 +211,8 @@ def _hip_facts(assembly: str) -> dict[str, Any]:
 
     return {
         "registers": count("vgpr_count"),
-        "spill_bytes": 4 * (count("vgpr_spill_count") + count("sgpr_spill_count")),
+        # Scalar registers spill into lanes of vector registers, which costs no memory.
+        "spill_bytes": count("private_segment_fixed_size"),
         "matrix": "mfma" if "v_mfma" in assembly else "",
     }
 

@@ -1,0 +1,216 @@
+"""A folder in its clients: what each says is judged by the model, as in the proof."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gptopt.errors import UserError
+from gptopt.export.clients.registry import Client, ask
+from gptopt.export.reference import Reference
+from gptopt.export.stream import Claim
+from gptopt.export.twin import held_by
+from gptopt.export.validate import band_of, judge
+from gptopt.model import GPT
+from gptopt.runtime.folder import load_config, model_file
+from gptopt.runtime.variants import choose
+from gptopt.tokenizer import Tokenizer, UnknownCharacter
+
+_TEXT = "The model reads this, and goes on:"
+_ROWS = (7, 1, 4)  # lengths of ragged prompts
+_TOKENS = {"greedy": 64, "left padding": 12, "right padding": 12, "text": 24}
+_THREADS = 2
+
+
+@dataclass(kw_only=True, slots=True)
+class Said:
+    """What a client said in one case.
+
+    Attributes:
+        tokens: new tokens, up to the end of the text.
+        agreeing: those of them that the model finds likeliest, on the same text so far.
+        near_ties: others, whose logit is within the budget of the likeliest.
+        distinct: different tokens.
+        max_abs_error: of the logits behind the prompts.
+        error: why it does not pass, or None.
+    """
+
+    client: str
+    case: str
+    version: str | None = None
+    tokens: int = 0
+    agreeing: int = 0
+    near_ties: int = 0
+    distinct: int = 0
+    max_abs_error: float = 0.0
+    budget: float = 0.0
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the tokens are the model's and the logits within the budget."""
+        return self.error is None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For --json."""
+        return {**asdict(self), "passed": self.passed}
+
+
+def check_clients(
+    folder: Path,
+    model: GPT,
+    clients: Sequence[Client],
+    *,
+    precision: str = "auto",
+    tokens: int | None = None,
+    pictures: Path | None = None,
+    cases: Sequence[str] | None = None,
+) -> list[Said]:
+    """Let clients play a folder, and compare what they say with the model.
+
+    Greedy tokens are judged one by one: after the text so far, is it the one that the model, with
+    the weights of the file and in float64, finds likeliest?
+
+    Args:
+        folder: exported; with a tokenizer.
+        model: the one it was exported from, float32, eval().
+        clients: see gptopt.export.clients.find_clients.
+        precision: of the file to play; "auto": the first.
+        tokens: length of the longest text; none: 64 new tokens.
+        pictures: a folder for the screenshots of browsers.
+        cases: names of the cases to play; none: all that a client has.
+
+    Raises:
+        UserError: a client is not installed, or the folder is not one for clients.
+    """
+    played = _Play(folder, model, precision, tokens)
+    said = []
+    for client in clients:
+        names = [name for name in client.cases if cases is None or name in cases]
+        picture = None
+        if pictures is not None:
+            pictures.mkdir(parents=True, exist_ok=True)
+            picture = pictures / f"{client.name}-{folder.name}-{played.precision}.png"
+        answer = ask(client, played.request(names), picture)
+        for name in names:
+            one = Said(client=client.name, case=name, version=answer["version"])
+            played.judge(one, answer["cases"].get(name, {"error": "no answer"}))
+            said.append(one)
+    return said
+
+
+class _Play:
+    """A file of a folder, its cases, and the judge."""
+
+    def __init__(self, folder: Path, model: GPT, precision: str, tokens: int | None) -> None:
+        self.folder, self.model = folder, model
+        self.precision, self.file = choose(folder, precision)
+        sizes = load_config(folder)
+        if not sizes["causal"]:
+            raise UserError(f"{folder}: is a masked language model, no client generates with it")
+        self._tokenizer = Tokenizer.load(folder)
+        path = model_file(folder, self.file.file)
+        self._held = held_by(path)
+        self._reference = Reference(model, causal=True, held=self._held)
+        self._external = [each.name for each in sorted(path.parent.glob(path.name + "_data*"))]
+        self._room = sizes["block_size"] - max(_ROWS)
+        self._tokens = {**_TOKENS, **({} if tokens is None else {"greedy": tokens})}
+
+    def request(self, names: Sequence[str]) -> dict[str, Any]:
+        """See gptopt.export.clients.registry.ask."""
+        return {
+            "folder": str(self.folder.absolute()),
+            "file": self.file.file,
+            "precision": self.precision,
+            "external": self._external,
+            "pad_id": self._tokenizer.pad_id,
+            "threads": _THREADS,
+            "cases": [self._case(name) for name in names],
+        }
+
+    def _case(self, name: str) -> dict[str, Any]:
+        case: dict[str, Any] = {"name": name}
+        case["tokens"] = max(1, min(self._tokens[name], self._room))
+        if name == "text":
+            case["text"] = self._text(self._room - case["tokens"])
+            return case
+        rows = _ROWS if "padding" in name else _ROWS[:1]
+        case["padding"] = name.split()[0] if "padding" in name else "right"
+        case["prompts"] = self._prompts(rows)
+        return case
+
+    def _text(self, longest: int) -> str:
+        try:
+            ids = self._tokenizer.encode(_TEXT)
+        except UnknownCharacter:
+            ids = self._prompts((len(_TEXT),))[0]
+        return self._tokenizer.decode(ids[: max(1, longest)])
+
+    def _prompts(self, rows: Sequence[int]) -> list[list[int]]:
+        """Random ids of real tokens: genai finds padding by its id."""
+        random = np.random.default_rng(len(rows))
+        kept = [id_ for id_ in range(self._tokenizer.size) if id_ not in self._control()]
+        return [random.choice(kept, n).tolist() for n in rows]
+
+    def _control(self) -> set[int]:
+        return {self._tokenizer.bos_id, self._tokenizer.eos_id, self._tokenizer.pad_id}
+
+    def judge(self, said: Said, answer: dict[str, Any]) -> None:
+        """Fill in what a client said."""
+        if "error" in answer:
+            said.error = " ".join(str(answer["error"]).split())[:300]
+            return
+        case = self._case(said.case)
+        prompts = case.get("prompts") or [self._tokenizer.encode(case["text"])]
+        if answer.get("prompts", prompts) != prompts:
+            said.error = f"the text became {answer['prompts'][0]}, expected {prompts[0]}"
+            return
+        rows = [self._until_end(row) for row in answer["tokens"]]
+        if len(rows) != len(prompts) or not all(rows):
+            said.error = f"{len(rows)} rows, some empty perhaps; expected {len(prompts)} texts"
+            return
+        logits = np.asarray(answer["logits"], np.float32)
+        claims = [
+            Claim(
+                row=index,
+                tokens=tuple(prompt),
+                first=len(prompt) - 1,
+                logits=scores[None],
+                offset=0,
+            )
+            for index, (prompt, scores) in enumerate(zip(prompts, logits, strict=True))
+        ]
+        outcome = judge(said.case, claims, self._reference.expect(claims), band_of(self._held))
+        said.max_abs_error, said.budget = outcome.max_abs_error, outcome.budget
+        if not outcome.passed:
+            said.error = f"logit error {said.max_abs_error:.2e}, budget {said.budget:.2e}"
+        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+            self._judge_tokens(said, index, prompt, row, case["tokens"])
+        said.distinct = len({token for row in rows for token in row})
+        if "text" in case and answer["text"] != case["text"]:
+            said.error = said.error or f"the text came back as {answer['text']!r}"
+
+    def _until_end(self, row: Sequence[int]) -> list[int]:
+        end = self._tokenizer.eos_id
+        return list(row[: row.index(end) + 1] if end in row else row)
+
+    def _judge_tokens(
+        self, said: Said, index: int, prompt: list[int], row: list[int], wanted: int
+    ) -> None:
+        """Tokens of a quantised file are counted only: they say which way many roundings went."""
+        text = (*prompt, *row[:-1])
+        none = np.zeros((len(row), 0), np.float32)
+        claim = Claim(row=index, tokens=text, first=len(prompt) - 1, logits=none, offset=0)
+        (expected,) = self._reference.expect([claim])
+        said.tokens += len(row)
+        for at, (token, scores) in enumerate(zip(row, expected.double, strict=True)):
+            if token == int(scores.argmax()):
+                said.agreeing += 1
+            elif scores.max() - scores[token] <= said.budget:
+                said.near_ties += 1
+            elif self._held.exact and said.error is None:
+                said.error = f"another token at {at} of row {index}"
+        if len(row) < wanted and row[-1] != self._tokenizer.eos_id and said.error is None:
+            said.error = f"{len(row)} tokens in row {index}, expected {wanted}"

@@ -8,7 +8,7 @@ activation), it counts with the next result that has a counterpart.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from gptopt.export.contract import Contract
 from gptopt.export.counterparts import LENGTHS, Check, checks_of, output_key, reader_of
+from gptopt.export.plays import inputs, lengths, mask_error, plays, real_part, typed
 from gptopt.export.steps import Feeds, Key, Steps, layer_of, record
 from gptopt.export.trace import Exportable, trace
 from gptopt.export.twin import Held, exact_model, held_by, same_model, write_strict_twin
@@ -31,8 +32,8 @@ _TORCH_FACTOR = 2.0
 _RANGE_FACTOR = 2e-5
 _HALF_BAND = 2.0**-8  # of a range: a few roundings of float16 on the way to an operator
 _HALF_ROUNDED_BAND = 2.0**-4  # the same where products round their inputs to int8
-_HIDDEN = -1e4  # an added number below this hides a key, in float16 too
-_SEED = 30
+_READ = ("input", "q", "k", "v", "unrotated q", "unrotated k")  # steps that a node reads
+_MOVERS = ("Slice", "Reshape", "Transpose", "Cast", "Identity", "Split", "Expand")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +84,7 @@ class Bisection:
         self._program = trace(model, self.contract)
         self._kept: dict[str, list[tuple[Feeds, list[Steps]]]] = {}
 
-    def plays(self, held: Held, file: EdgeFile) -> list[tuple[Feeds, list[Steps]]]:
+    def recorded(self, held: Held, file: EdgeFile) -> list[tuple[Feeds, list[Steps]]]:
         """Inputs, and the steps of the model in float64 and in the file's precision."""
         if held.exact and file.padding in self._kept:
             return self._kept[file.padding]
@@ -92,8 +93,8 @@ class Bisection:
             parameters = make(self.model, held).named_parameters()
             weights.append({name: tensor.detach() for name, tensor in parameters})
         found = []
-        for feeds in _plays(self.contract, file, self.config.block_size):
-            steps = [record(self._program, each, _typed(feeds, each)) for each in weights]
+        for feeds in plays(self.contract, file, self.config.block_size):
+            steps = [record(self._program, each, typed(feeds, each)) for each in weights]
             found.append((feeds, steps))
         if held.exact:
             self._kept[file.padding] = found
@@ -120,7 +121,7 @@ class Bisection:
             if strict:
                 write_strict_twin(path, twin)
             run = _Run(twin if strict else path, held, file)
-            found += run.departures(twin, nodes, self.plays(held, file))
+            found += run.departures(twin, nodes, self.recorded(held, file))
         finally:
             twin.unlink(missing_ok=True)
         order = {node.name: index for index, node in enumerate(nodes)}
@@ -186,7 +187,7 @@ class _Run:
         types = {each.name: each.type for each in session.get_inputs()}
         found = []
         for feeds, steps in plays:
-            values = dict(zip(outputs, session.run(outputs, _inputs(feeds, types)), strict=True))
+            values = dict(zip(outputs, session.run(outputs, inputs(feeds, types)), strict=True))
             found += self._first(feeds, checks, steps, values, nodes)
         return found
 
@@ -196,11 +197,14 @@ class _Run:
     ) -> list[Departure]:  # fmt: skip
         seen: dict[Key, int] = defaultdict(int)
         good: set[ir.Value] = set()
+        foreign: set[ir.Node] = set()  # read a parameter once more than the model does
         for check in checks:
-            expected = _lengths(feeds, self.file) if check.key[0] in LENGTHS else None
+            expected = lengths(feeds, self.file) if check.key[0] in LENGTHS else None
             if expected is None:
                 pair = [each.values.get(check.key, [])[seen[check.key] :] for each in steps]
                 if not all(pair):
+                    if seen[check.key]:
+                        foreign.add(check.node)
                     continue
                 double, single = (each[0] for each in pair)
                 if check.key[0] not in ("mask", "cosines", "sines"):
@@ -220,9 +224,29 @@ class _Run:
             start = check.node if check.value is None else cast(ir.Node, check.value.producer())
             text = f"{check.key[0]} of {check.key[1] if not check.key[1].isdigit() else last}"
             layer = layer_of(last) if last else None
-            region = [start] if check.value is None else _region(start, good)
+            wired = check.value is None or (
+                check.key[0] in _READ and self._is_another(check, feeds, value, steps)
+            )
+            if wired:
+                region = [check.node]
+            else:
+                region = _region(start, good)
+                region += [each for each in region if each in foreign][:1]
             return [_departure(nodes, region, text, error, budget, feeds.name, layer)]
         return []
+
+    def _is_another(
+        self, check: Check, feeds: Feeds, value: npt.NDArray[Any] | None, steps: Sequence[Steps]
+    ) -> bool:
+        """Whether what a node reads is right elsewhere: then it is the node that reads wrongly."""
+        double, single = (each.values for each in steps)
+        for key in double:
+            if key[0] in _READ and key != check.key:
+                for pair in zip(double[key], single[key], strict=True):
+                    error, budget = self._compare(check, feeds, value, *pair)
+                    if error <= budget and budget:
+                        return True
+        return False
 
     def _compare(
         self, check: Check, feeds: Feeds, value: npt.NDArray[Any] | None, double: Tensor,
@@ -230,12 +254,12 @@ class _Run:
     ) -> tuple[float, float]:  # fmt: skip
         """(error, budget)."""
         if check.key[0] == "mask":
-            return _mask_error(check, feeds, self.file, value, double), 1e-6
+            return mask_error(check, feeds, self.file, value, double), 1e-6
         assert value is not None
         if check.key[0] in LENGTHS:
             return float(np.abs(value.reshape(-1) - double.numpy()).max()), 0.0
         wanted, rough, mine = (
-            _real(array, feeds) for array in (double, single, torch.from_numpy(value))
+            real_part(array, feeds) for array in (double, single, torch.from_numpy(value))
         )
         if mine is None or wanted is None or rough is None or mine.numel() != wanted.numel():
             return 0.0, 0.0  # another layout: nothing to hold it to
@@ -265,7 +289,10 @@ def _all_checks(graph: ir.Model) -> list[Check]:
 
 
 def _region(start: ir.Node, good: set[ir.Value]) -> list[ir.Node]:
-    """What lies between right results and a node, which comes last."""
+    """What lies between right results and a node; last the node to name.
+
+    That is the one which computed what the others only moved.
+    """
     found, waiting = {start: None}, [start]
     while waiting:
         for value in waiting.pop().inputs:
@@ -273,105 +300,11 @@ def _region(start: ir.Node, good: set[ir.Value]) -> list[ir.Node]:
             if node is not None and node not in found:
                 found[node] = None
                 waiting.append(node)
-    return list(found)[::-1]
-
-
-def _plays(contract: Contract, file: EdgeFile, block_size: int) -> Iterator[Feeds]:
-    """A padded prompt, one more token for each row, and several more for one."""
-    random = torch.Generator().manual_seed(_SEED)
-    side = 0 if file.padding == "right" else 1
-    for name, rows, past, new in (
-        ("a padded prompt", 2, 0, 9), ("single tokens", 2, 7, 1), ("part of a prompt", 1, 5, 3),
-    ):  # fmt: skip
-        if past and not contract.causal:
-            continue
-        new = min(new, block_size - past)
-        if new < 1:
-            continue
-        mask = torch.ones(rows, past + new, dtype=torch.int64)
-        if rows > 1 and past + new > 3 and (side or not past):
-            mask[1, :2] = 0  # on the left
-            mask = mask if side else mask.flip(1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-        ids = torch.randint(0, contract.vocab_size, (rows, new), generator=random)
-        shape = (rows, contract.kv_heads, past, contract.head_size)
-        cache = [
-            (torch.randn(shape, generator=random), torch.randn(shape, generator=random))
-            for _ in range(contract.n_layer if contract.causal else 0)
-        ]
-        yield Feeds(name, ids, mask, positions, cache)
-
-
-def _typed(feeds: Feeds, weights: Mapping[str, Tensor]) -> Feeds:
-    """The same with the cache in the floats of the weights."""
-    dtype = next(iter(weights.values())).dtype
-    return feeds._replace(past=[(k.to(dtype), v.to(dtype)) for k, v in feeds.past])
-
-
-def _inputs(feeds: Feeds, types: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
-    """What a session is given."""
-    given = {
-        "input_ids": feeds.ids, "attention_mask": feeds.mask, "position_ids": feeds.positions,
-    }  # fmt: skip
-    for layer, pair in enumerate(feeds.past):
-        for part, tensor in zip(("key", "value"), pair, strict=True):
-            name = f"past_key_values.{layer}.{part}"
-            given[name] = tensor.half() if "float16" in types.get(name, "") else tensor
-    return {name: tensor.numpy() for name, tensor in given.items() if name in types}
-
-
-def _lengths(feeds: Feeds, file: EdgeFile) -> dict[str, Tensor]:
-    """What GroupQueryAttention is told of the cache."""
-    B, S = feeds.mask.shape
-    last = feeds.mask.sum(1) if file.padding == "right" else torch.full((B,), S)
-    return {"last tokens": last - 1, "total length": torch.tensor([S])}
-
-
-def _real(x: Tensor, feeds: Feeds) -> Tensor | None:
-    """The part of a result that belongs to real tokens, (n, C); None where it has no such form.
-
-    x: (B, T, C), (B, H, T or S, D), (B T, C) or (1, T, C).
-    """
-    B, S = feeds.mask.shape
-    T = feeds.ids.shape[1]
-    if x.dim() == 4:
-        x = x.transpose(1, 2).flatten(2)
-    if x.dim() == 2 and x.shape[0] == B * T:
-        x = x.view(B, T, -1)
-    if x.dim() != 3 or x.shape[0] not in (1, B) or x.shape[1] not in (T, S):
-        return None
-    real = feeds.mask.bool() if x.shape[1] == S else feeds.mask[:, S - T :].bool()
-    return x.expand(B, -1, -1)[real]
-
-
-def _mask_error(
-    check: Check, feeds: Feeds, file: EdgeFile, value: npt.NDArray[Any] | None, wanted: Tensor
-) -> float:
-    """How wrong a mask or bias is, inf where it hides or shows a key that it should not."""
-    B, S = feeds.mask.shape
-    T = feeds.ids.shape[1]
-    gqa = check.node.op_type == "GroupQueryAttention"
-    compact = gqa and file.padding == "right"
-    if value is None:
-        mine = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
-    else:
-        mine = torch.from_numpy(value)
-        mine = torch.where(mine, 0.0, -torch.inf) if mine.dtype == torch.bool else mine
-        mine = mine.double()
-    if mine.dim() != 4:
-        return 0.0
-    mine, wanted = torch.broadcast_tensors(mine, wanted)
-    rows = feeds.mask[:, None, S - T :, None].bool().expand(B, mine.shape[1], T, S)
-    if compact:  # the operator hides; columns of a padded row are others
-        whole = feeds.mask.bool().all(1)[:, None, None, None]
-        rows = rows & whole & ~torch.isneginf(wanted)
-    elif gqa:  # it hides later keys itself
-        rows = rows & (torch.arange(S - T, S)[:, None] >= torch.arange(S))
-    hidden, shown = torch.isneginf(wanted), mine > _HIDDEN
-    if bool((rows & (hidden == shown)).any()):
-        return float("inf")
-    rows = rows & shown
-    if not bool(rows.any()):
-        return 0.0
-    scale = max(float(wanted[rows].abs().max()), 1.0)
-    return float((mine - wanted)[rows].abs().max()) / scale
+    named = start
+    while named.op_type in _MOVERS:
+        value = named.inputs[0]
+        node = None if value is None or value in good else value.producer()
+        if node is None:
+            break
+        named = node
+    return [*(node for node in list(found)[::-1] if node is not named), named]

@@ -26,7 +26,7 @@ from gptopt.export.registry import check_kernels
 from gptopt.export.targets import PORTABLE, Target, check_precisions
 from gptopt.export.trace import Exportable
 from gptopt.export.validate import Proof, prove
-from gptopt.export.write import save, weight_bytes
+from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class _Maker:
             check_kernels(graph, target, build.notes)
             build.done(f"quantise-{precision.name}", graph)
         path = f"onnx/model{precision.suffix}.onnx"
-        external = weight_bytes(graph) > target.inline_limit_bytes
+        external = wants_data_file(graph, target.inline_limit_bytes)
         save(graph, self.folder / path, external=external)
         build.done("write")
         dtype = "int8" if self.plan.int8_cache else precision.floats

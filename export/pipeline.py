@@ -22,7 +22,7 @@ from gptopt.export.registry import check_kernels
 from gptopt.export.rules import fuse
 from gptopt.export.targets import Target
 from gptopt.export.trace import trace
-from gptopt.export.write import save, weight_bytes
+from gptopt.export.write import save, wants_data_file
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Build:
         if self.keep is not None and graph is not None:
             self.keep.mkdir(parents=True, exist_ok=True)
             path = self.keep / f"{self.target.name}-{stage}.onnx"
-            save(graph, path, external=weight_bytes(graph) > self.target.inline_limit_bytes)
+            save(graph, path, external=wants_data_file(graph, self.target.inline_limit_bytes))
         self._started = time.monotonic()
 
 

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 # Shapes, axes and single numbers stay in the graph: runtimes read them before they load weights.
 _INLINE_BYTES = 1024
+_WORTH_A_FILE = 2**20  # a data file stores shared bytes once, a graph twice
 # Kernels read whole cache lines, and large tensors are mapped into memory page by page.
 _LINE, _PAGE, _LARGE = 64, 4096, 2**20
 _PROTOBUF_LIMIT = 2**31 - 1
@@ -55,6 +56,11 @@ def shared_bytes(model: ir.Model) -> int:
         shared += array.nbytes if place in seen else 0
         seen.add(place)
     return shared
+
+
+def wants_data_file(model: ir.Model, limit_bytes: int) -> bool:
+    """Whether weights belong beside the graph: they exceed the limit, or share a MiB or more."""
+    return weight_bytes(model) > limit_bytes or shared_bytes(model) >= _WORTH_A_FILE
 
 
 def save(model: ir.Model, path: Path, *, external: bool) -> Written:

@@ -10,7 +10,7 @@ import pytest
 
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export import write
-from gptopt.export.write import save, shared_bytes, weight_bytes
+from gptopt.export.write import save, shared_bytes, wants_data_file, weight_bytes
 from gptopt.runtime.graph import check_graph
 
 
@@ -79,6 +79,14 @@ def test_equal_bytes_are_stored_once_and_say_the_same(model, tmp_path):
     assert stored == written.data_bytes
     assert stored < weight_bytes(model) - written.shared_bytes + 4096
     np.testing.assert_array_equal(answer(inline), answer(outside))
+
+
+def test_weights_lie_beside_the_graph_where_that_saves_bytes(model, monkeypatch):
+    size = weight_bytes(model)
+    assert wants_data_file(model, size - 1)
+    assert not wants_data_file(model, size)
+    monkeypatch.setattr(write, "_WORTH_A_FILE", shared_bytes(model))
+    assert wants_data_file(model, size)
 
 
 def test_bytes_are_shared_wherever_they_are_equal(model, tmp_path):

@@ -302,3 +302,10 @@ KINDS: dict[str, Plant] = {
         head_untied, block_scale, codes_moved,
     )
 }  # fmt: skip
+IN_WEIGHTS = ("perturbed", "transposed", "block scale", "codes moved")
+
+
+def readers_of_weights(node: ir.Node) -> tuple[str, ...]:
+    """All nodes that read a stored tensor which a node reads."""
+    stored = (_stored(node, index) for index in range(1, len(node.inputs)))
+    return tuple(each.name or "" for value in stored if value for each in value.consumers())

@@ -13,7 +13,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from gptopt.bench.fault_kinds import KINDS
+from gptopt.bench.fault_kinds import IN_WEIGHTS, KINDS, readers_of_weights
 from gptopt.config import ModelConfig
 from gptopt.export.bisect import Bisection, Departure
 from gptopt.export.notes import Notes
@@ -79,27 +79,30 @@ def random_model(name: str, seed: int = 0) -> GPT:
     return model.eval()
 
 
-def cases(folder: Path) -> Iterator[Case]:
-    """The graphs that faults are planted in."""
+def cases(folder: Path, names: Collection[str] | None = None) -> Iterator[Case]:
+    """The graphs that faults are planted in, or those of these names."""
     for name in MODELS:
         model = random_model(name)
         bisection = Bisection(model)
         for target_name, precision in FORMS:
+            path = folder / f"{name}-{target_name}-{precision}.onnx"
+            if names is not None and path.stem not in names:
+                continue
             target = TARGETS[target_name]
             graph = build_graph(model, model.config, Build(target))
             if precision != "fp32":
                 graph = quantize_graph(graph, PRECISIONS[precision], Notes())
             for index, node in enumerate(graph.graph):
                 node.name = node.name or f"{node.op_type}_{index}"
-            path = folder / f"{name}-{target_name}-{precision}.onnx"
             ir.save(graph, path)
             yield Case(path.stem, path, bisection, target.facts("onnx/model.onnx"))
 
 
-def faults(case: Case) -> Iterator[tuple[Fault, ir.Model]]:
-    """Every fault of every kind that fits somewhere in a graph."""
+def faults(case: Case, kinds: Collection[str] = KINDS.keys()) -> Iterator[tuple[Fault, ir.Model]]:
+    """Every fault of these kinds that fits somewhere in a graph."""
     graph = ir.load(case.path)
-    for kind, plant in KINDS.items():
+    for kind in kinds:
+        plant = KINDS[kind]
         for index in range(graph.graph.num_nodes()):
             node = list(graph.graph)[index]
             name = node.name or ""
@@ -107,6 +110,8 @@ def faults(case: Case) -> Iterator[tuple[Fault, ir.Model]]:
                 continue
             added = (each.name or "" for each in graph.graph)
             nodes = (name, *(each for each in added if each.startswith(f"{name}.")))
+            if kind in IN_WEIGHTS:  # which another node may read before
+                nodes += readers_of_weights(node)
             yield Fault(kind, name, nodes), graph
             graph = ir.load(case.path)
 

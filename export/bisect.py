@@ -88,13 +88,20 @@ class Bisection:
         """Inputs, and the steps of the model in float64 and in the file's precision."""
         if held.exact and file.padding in self._kept:
             return self._kept[file.padding]
-        weights = []
+        originals = {name: tensor.detach() for name, tensor in self.model.named_parameters()}
+        weights, tables = [], []
         for make in (exact_model, same_model):
             parameters = make(self.model, held).named_parameters()
             weights.append({name: tensor.detach() for name, tensor in parameters})
+            dtype = next(iter(weights[-1].values())).dtype
+            names = {*held.products, *held.tables} & {*originals}
+            tables.append({n: held.tables.get(n, originals[n]).to(dtype) for n in names})
         found = []
         for feeds in plays(self.contract, file, self.config.block_size):
-            steps = [record(self._program, each, typed(feeds, each)) for each in weights]
+            steps = [
+                record(self._program, each, typed(feeds, each), table)
+                for each, table in zip(weights, tables, strict=True)
+            ]
             found.append((feeds, steps))
         if held.exact:
             self._kept[file.padding] = found

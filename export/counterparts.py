@@ -18,6 +18,7 @@ _NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalizatio
 _SKIPS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 _GELUS = ("FastGelu", "BiasGelu", "Gelu", "Relu")
 _BIAS_AT = {"MatMulNBits": 5, "DynamicQuantizeMatMul": 4}
+_ADD_NOTHING = ("Split", *_PRODUCTS, "Attention", "GroupQueryAttention", "RotaryEmbedding")
 _STORED = re.compile(r"\.(codes|rows)$")
 _CACHE = re.compile(r"(past_key_values|present)\.(\d+)\.(key|value)")
 
@@ -75,6 +76,9 @@ def _product(node: ir.Node) -> Iterator[Check]:
         return
     at = _BIAS_AT.get(node.op_type, len(node.inputs))
     biased = len(node.inputs) > at and node.inputs[at] is not None
+    readers = node.outputs[0].consumers()
+    # Where nothing that reads it could add a bias, it has to be in the result.
+    biased |= bool(readers) and all(each.op_type in _ADD_NOTHING for each in readers)
     yield Check(node.inputs[0], ("input", name), node)
     yield Check(node.outputs[0], ("sum" if biased else "product", name), node)
 

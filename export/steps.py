@@ -50,15 +50,19 @@ def layer_of(name: str) -> int | None:
 
 
 @torch.no_grad()
-def record(program: ExportedProgram, weights: Mapping[str, Tensor], feeds: Feeds) -> Steps:
+def record(
+    program: ExportedProgram, weights: Mapping[str, Tensor], feeds: Feeds,
+    tables: Mapping[str, Tensor],
+) -> Steps:  # fmt: skip
     """Run a recorded program with these weights and keep what its operators say.
 
     Args:
         program: from `trace.trace`.
         weights: parameter -> tensor; their type is the one that it computes in.
         feeds: the inputs.
+        tables: parameter -> what look-ups read, where that is not what products multiply with.
     """
-    interpreter = _Recorder(program)
+    interpreter = _Recorder(program, tables)
     interpreter.run(*_arguments(program, weights, feeds))
     return interpreter.steps
 
@@ -80,7 +84,7 @@ def _arguments(
 class _Recorder(torch.fx.Interpreter):
     """Runs the nodes of a program; each operator of gptopt leaves its steps."""
 
-    def __init__(self, program: ExportedProgram) -> None:
+    def __init__(self, program: ExportedProgram, tables: Mapping[str, Tensor]) -> None:
         super().__init__(program.graph_module)
         self.steps = Steps()
         self._targets = {
@@ -88,6 +92,7 @@ class _Recorder(torch.fx.Interpreter):
             for spec in program.graph_signature.input_specs
             if spec.target is not None
         }
+        self._tables = tables
         self._attentions = 0
         self._rotaries: dict[torch.fx.Node, Any] = {}  # what each one was given
         operators = torch.ops.gptopt
@@ -105,6 +110,10 @@ class _Recorder(torch.fx.Interpreter):
         if n.target is torch.ops.aten._assert_tensor_metadata.default:
             return None  # it asks for the types of the recording
         result = super().run_node(n)
+        if n.target is torch.ops.aten.embedding.default and self._name(n.args[0]) in self._tables:
+            result = functional.embedding(
+                self._value(n.args[1]), self._tables[self._name(n.args[0])]
+            )
         if n.op == "call_function" and n.target in self._keep:
             schema = n.target._schema.arguments  # type: ignore[union-attr]
             names = [argument.name for argument in schema]

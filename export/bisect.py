@@ -7,6 +7,7 @@ Where nothing of the model corresponds to a node's result (a mask in the making,
 activation), it counts with the next result that has a counterpart.
 """
 
+import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from gptopt.errors import first_line
 from gptopt.export.contract import Contract
 from gptopt.export.counterparts import LENGTHS, Check, checks_of, output_key, reader_of
 from gptopt.export.plays import inputs, lengths, mask_error, plays, real_part, typed
@@ -27,6 +29,8 @@ from gptopt.export.trace import Exportable, trace
 from gptopt.export.twin import Held, exact_model, held_by, same_model, write_strict_twin
 from gptopt.export.weights import strange_weights
 from gptopt.runtime.variants import EdgeFile
+
+logger = logging.getLogger(__name__)
 
 _TORCH_FACTOR = 2.0
 _RANGE_FACTOR = 2e-5
@@ -138,6 +142,16 @@ class Bisection:
 def locate(path: Path, model: nn.Module, *, file: EdgeFile | None = None) -> Departure | None:
     """The first operator of an ONNX file that departs from a model, see Bisection."""
     return Bisection(model).locate(path, file)
+
+
+def explain(path: Path, model: nn.Module, file: EdgeFile | None = None) -> str:
+    """Where a file that failed its proof departs from the model, in a line."""
+    try:
+        found = locate(path, model, file=file)
+    except Exception as error:  # the proof has failed: nothing may stand in the way of saying so
+        logger.debug("bisection of %s", path, exc_info=True)
+        return f"no operator could be named ({first_line(error)})"
+    return "each operator alone is within its budget" if found is None else str(found)
 
 
 def _departure(

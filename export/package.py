@@ -14,6 +14,7 @@ from torch import nn
 
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, UserError
+from gptopt.export.bisect import explain
 from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import model_card
@@ -120,10 +121,11 @@ def export_model(
         for precision in plan.precisions:
             variant = maker.make(precision)
             if not variant.proof.passed:
+                facts = variant.file.facts
                 raise CheckFailed(
-                    f"{folder}: not written, {variant.file.facts.file} does not say what the model "
-                    f"says: {variant.proof.failure}; this is a fault of the export, please report "
-                    f"it with the model's config.json"
+                    f"{folder}: not written, {facts.file} does not say what the model says: "
+                    f"{variant.proof.failure}; {explain(staging / facts.file, model, facts)}; "
+                    f"this is a fault of the export, please report it with the model's config.json"
                 )
             variants.append(variant)
         files = [each.file for each in variants]

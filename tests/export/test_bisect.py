@@ -12,8 +12,11 @@ from test_user_model import Model
 
 from gptopt.bench import faults
 from gptopt.bench.fault_kinds import KINDS
+from gptopt.errors import CheckFailed
+from gptopt.export import package
 from gptopt.export.bisect import Bisection, locate
 from gptopt.export.targets import LEGACY, PORTABLE
+from gptopt.export.write import save
 
 # A few kinds for each form; all of them are in the committed table.
 SOME = {
@@ -109,3 +112,19 @@ def test_every_kind_is_in_the_committed_table_and_almost_all_are_located():
     assert table["located"] == sum(row["exact"] for row in table["rows"])
     assert table["located"] >= 0.95 * table["faults"]
     assert set(table["kinds"]) == set(KINDS)
+
+
+def test_an_export_that_fails_its_proof_names_the_operator(monkeypatch, tmp_path):
+    model = random_gpt(block_size=16, vocab_size=64)
+
+    def spoil(graph, path, **options):
+        node = [each for each in graph.graph if each.op_type == "SkipLayerNormalization"][2]
+        node.attributes.add(ir.AttrFloat32("epsilon", 0.1))
+        save(graph, path, **options)
+
+    monkeypatch.setattr(package, "save", spoil)
+    with pytest.raises(CheckFailed, match=r"not written, .*budget") as caught:
+        package.export_model(model, None, tmp_path / "edge")
+    assert "(SkipLayerNormalization of layer 1) departs first: norm of" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

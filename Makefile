@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 # Triton decides at its import whether it interprets, so its kernels' tests have their own process.
 INTERPRET := $(TEST_ENV) TRITON_INTERPRET=1
 
-.PHONY: help setup demo test test-all aot lint format clean
+.PHONY: help setup demo test test-all clients test-clients aot lint format clean
 help:
 	@sed -n '1p' Makefile
 
@@ -29,6 +29,14 @@ test: setup
 test-all: setup
 	$(TEST_ENV) $(BIN)/pytest -n 2
 	$(INTERPRET) $(BIN)/pytest -n 2 tests/kernels/triton
+
+# The programs that exported folders run in, one environment each, in .clients or $GPTOPT_CLIENTS; they
+# need Node.js and Chromium (Debian: apt-get install nodejs npm chromium). test-clients fails on a missing one.
+clients: setup
+	$(BIN)/python -P -m gptopt.export.clients.environments $(PIP_ARGS)
+
+test-clients: setup
+	$(TEST_ENV) $(BIN)/pytest tests/clients/matrix.py
 
 # What every kernel costs on every GPU, for which none is needed: an hour of one core the first time;
 # then only what has another kernel or configuration than its row in the table.

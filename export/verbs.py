@@ -6,13 +6,16 @@ from typing import Any
 from gptopt.checkpoint import LoadedModel, load_model
 from gptopt.config import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
+from gptopt.export.bisect import explain
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import proof_table
+from gptopt.export.clients import Client, check_clients, client_table, find_clients
 from gptopt.export.package import Plan, export_model
 from gptopt.export.precisions import Precision, find_precisions
 from gptopt.export.targets import check_precisions, find_targets
 from gptopt.export.validate import prove
 from gptopt.log import say
+from gptopt.model import GPT
 from gptopt.runtime.folder import load_config, model_file, verify_folder
 from gptopt.runtime.variants import EdgeFile, edge_files
 
@@ -83,13 +86,15 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
     """Prove an exported folder again, and show the proof.
 
     Returns:
-        `folder`, the first file's proof, and under `variants` the proof of each file.
+        `folder`, the first file's proof, under `variants` the proof of each file, and under
+        `clients` what each of them said of each file, where they were asked for.
 
     Raises:
-        UserError: no exported folder, no such model, or a model of other sizes.
+        UserError: no exported folder, no such model or client, or a model of other sizes.
         CheckFailed: the folder was changed, or does not say what the model says.
     """
     folder = Path(options.folder)
+    clients = [] if options.clients is None else find_clients(options.clients)
     verify_folder(folder)
     sizes = load_config(folder)
     files = _chosen(folder, options.precision)
@@ -112,11 +117,32 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
         if not proof.passed:
             raise CheckFailed(
                 f"{folder}/{file.file}: does not say what {options.model} says: {proof.failure}; "
-                f"export the model again"
+                f"{explain(path, model, file)}; export the model again"
             )
+    result = {"folder": str(folder), **next(iter(proofs.values())), "variants": proofs}
+    if clients:
+        result["clients"] = {
+            name: _play_in(folder, model, clients, name, quiet=options.json_output)
+            for name in files
+        }
     if not options.json_output:
         say(f"{folder}: says what {options.model} says")
-    return {"folder": str(folder), **next(iter(proofs.values())), "variants": proofs}
+    return result
+
+
+def _play_in(
+    folder: Path, model: GPT, clients: list[Client], precision: str, *, quiet: bool
+) -> list[dict[str, Any]]:
+    said = check_clients(folder, model, clients, precision=precision)
+    if not quiet:
+        say(f"{precision}:\n{client_table(said)}")
+    for each in said:
+        if not each.passed and each.limit is None:
+            raise CheckFailed(
+                f"{folder}: {precision} in {each.client}, {each.case}: {each.error}; export the "
+                f"model again, or try the versions of {each.client} that `make clients` installs"
+            )
+    return [each.as_dict() for each in said]
 
 
 def _chosen(folder: Path, precision: str) -> dict[str, EdgeFile]:

@@ -269,6 +269,9 @@ class ValidateOptions(Options):
     folder: str = Field(description="exported folder")
     model: str = Field(description="the model it was exported from")
     precision: str = Field("all", description="files to prove, comma-separated, or all")
+    clients: str | None = Field(
+        None, description="programs to play the folder in too, comma-separated, or all"
+    )
     checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from gptopt.errors import UserError
+from gptopt.export.clients.limits import Limit, known_limit
 from gptopt.export.clients.registry import Client, ask
 from gptopt.export.reference import Reference
 from gptopt.export.stream import Claim
@@ -53,9 +54,15 @@ class Said:
         """Whether the tokens are the model's and the logits within the budget."""
         return self.error is None
 
+    @property
+    def limit(self) -> Limit | None:
+        """The known limit that kept the client from passing."""
+        return None if self.error is None else known_limit(self.client, self.case, self.error)
+
     def as_dict(self) -> dict[str, Any]:
         """For --json."""
-        return {**asdict(self), "passed": self.passed}
+        limit = self.limit
+        return {**asdict(self), "passed": self.passed, "limit": limit and limit.reason}
 
 
 def check_clients(
@@ -160,7 +167,7 @@ class _Play:
     def judge(self, said: Said, answer: dict[str, Any]) -> None:
         """Fill in what a client said."""
         if "error" in answer:
-            said.error = " ".join(str(answer["error"]).split())[:300]
+            said.error = " ".join(str(answer["error"]).split())[:600]
             return
         case = self._case(said.case)
         prompts = case.get("prompts") or [self._tokenizer.encode(case["text"])]

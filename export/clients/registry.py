@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from gptopt.export.clients.environments import browser, node_modules, python_of
 
 RUNNERS = Path(__file__).parent / "runners"
 _SECONDS = 300
+_WORDS = 600
+_ERROR = re.compile(r"(\w+\.)*\w*(Error|Exception)\b")
 
 Command = Callable[[Path, Path, Path], list[str]]
 """(request, result, picture) -> the command; raises UserError where the client is missing."""
@@ -124,6 +127,7 @@ def _run(command: Sequence[str]) -> str:
     if done.returncode == 0:
         return ""
     said = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    # Python names the error last, Node before the trace.
-    lines = [line for line in said if "Error" in line and not line.startswith(("at ", "File "))]
-    return (lines or said or [f"ended with {done.returncode}"])[-1][:400]
+    # Python names the error last, perhaps in several lines; Node goes on with its trace.
+    names = [at for at, line in enumerate(said) if _ERROR.match(line)]
+    lines = [line for line in said[names[-1] if names else -1 :] if not line.startswith("at ")]
+    return " ".join(lines)[:_WORDS] or f"ended with {done.returncode}"

@@ -1,0 +1,128 @@
+"""What judges clients, on clients that are made up; none needs to be installed."""
+
+import sys
+import tomllib
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from gptopt.config import ModelConfig
+from gptopt.errors import UserError
+from gptopt.export.clients import CLIENTS, LIMITS, Client, check_clients, client_table, find_clients
+from gptopt.export.clients.environments import FOLDER, PYTHON, browser, python_of
+from gptopt.export.clients.limits import known_limit
+from gptopt.export.clients.registry import RUNNERS
+from gptopt.export.package import export_model
+from gptopt.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
+
+from random_models import random_gpt
+
+TESTS = Path(__file__).parents[1]
+CASES = ("greedy", "left padding", "right padding")
+# Where gptopt runs there is onnxruntime too, so one client needs no environment of its own.
+HONEST = (RUNNERS / "onnxruntime_python.py").read_text(encoding="utf-8")
+LIES = {
+    "a token": ('.tolist(), first', '[:, ::-1].tolist(), first', "another token at 0 of row 0"),
+    "a logit": ("first.astype", "(first + 1e-2).astype", "logit error 1.0"),
+    "padding": ("position = (mask.cumsum(1) - 1)", "position = mask.cumsum(1)", "logit error"),
+    "mask": ("mask[row, place]", "mask[row]", "logit error"),
+    "too little": ("range(tokens)", "range(tokens - 1)", "tokens in row 0, expected"),
+    "a row": ("chosen, 1).tolist()", "chosen, 1).tolist()[:0]", "0 rows"),
+    "nothing": ("Path(result_path)", 'Path("/dev/null")', "it wrote no result"),
+    "crash": ("import numpy as np", "import nothing_of_that_name", "No module named"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """An exported folder, and its model."""
+    torch.set_num_threads(1)
+    tokenizer = Tokenizer.train([Path(__file__).read_text(encoding="utf-8")], vocab_size=300)
+    model = random_gpt(block_size=40, vocab_size=300, n_layer=1)
+    folder = tmp_path_factory.mktemp("exported") / "folder"
+    export_model(model, tokenizer, folder)
+    return folder, model
+
+
+def made_up(source, folder):
+    runner = folder / "runner.py"
+    runner.write_text(source, encoding="utf-8")
+    return Client(
+        "made up", CASES, lambda asked, result, _: [sys.executable, str(runner), asked, result]
+    )
+
+
+def test_an_honest_client_passes(exported, tmp_path):
+    said = check_clients(*exported, [made_up(HONEST, tmp_path)], tokens=8)
+    assert [each.case for each in said] == list(CASES)
+    assert all(each.passed and each.agreeing == each.tokens for each in said), client_table(said)
+    assert said[0].tokens == 8
+    assert said[0].version is not None
+    assert "FAILED" not in client_table(said)
+
+
+@pytest.mark.parametrize(("words", "lie", "reason"), LIES.values(), ids=LIES)
+def test_a_client_that_says_something_else_fails(words, lie, reason, exported, tmp_path):
+    assert words in HONEST
+    client = made_up(HONEST.replace(words, lie), tmp_path)
+    said = check_clients(*exported, [client], tokens=8)
+    failed = [each for each in said if not each.passed]
+    assert failed
+    assert all(reason in each.error and each.limit is None for each in failed), client_table(said)
+    assert "FAILED" in client_table(said)
+
+
+def test_an_unknown_client_is_named():
+    with pytest.raises(UserError, match=r"found 'browser', expected all, or some of onnxruntime,"):
+        find_clients("genai,browser")
+    with pytest.raises(UserError, match="found nothing"):
+        find_clients(" ,")
+    assert [each.name for each in find_clients("openvino, genai,openvino")] == ["openvino", "genai"]
+    assert len(find_clients("all")) == len(CLIENTS)
+
+
+@pytest.mark.parametrize("client", PYTHON)
+def test_a_client_that_is_not_installed_is_named(client, exported, tmp_path, monkeypatch):
+    monkeypatch.setenv(FOLDER, str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=rf"^{client}: not installed .*make clients"):
+        python_of(client)
+    with pytest.raises(UserError, match=rf"^{client}: not installed"):
+        check_clients(*exported, [CLIENTS[client]])
+
+
+def test_a_missing_browser_is_named(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CHROMIUM", "")
+    with pytest.raises(UserError, match=r"^chromium: not found .*apt-get install chromium"):
+        browser()
+
+
+def test_a_limit_is_known_by_its_words_client_and_case():
+    limit = LIMITS[0]
+    words = " and ".join(limit.evidence)
+    assert known_limit(limit.client, limit.cases[0], words) is limit
+    assert known_limit("genai", limit.cases[0], words) is None
+    assert known_limit(limit.client, "greedy", words) is None
+    assert known_limit(limit.client, limit.cases[0], limit.evidence[0]) is None
+
+
+def test_the_matrix_names_every_option_client_and_case():
+    rows = tomllib.loads((TESTS / "clients_matrix.toml").read_text(encoding="utf-8"))
+    configs = [row["config"] for row in rows.values()]
+    for name in ("position", "norm", "norm_position", "activation"):
+        field = ModelConfig.model_fields[name]
+        assert {config.get(name, field.default) for config in configs} == set(
+            get_args(field.annotation)
+        )
+    for name in ("window", "attn_softcap", "logit_softcap", "qk_norm", "tie_head", "bias",
+                 "n_kv_head", "head_dim", "rotary_interleaved"):  # fmt: skip
+        assert any(name in config for config in configs), name
+    known = {"pass", *(limit.name for limit in LIMITS)}
+    for row in rows.values():
+        for client in CLIENTS.values():
+            assert set(row[client.name]) == set(client.cases)
+            assert set(row[client.name].values()) <= known

@@ -68,7 +68,13 @@ def _hf_config(
         )
         architecture = "gpt2" if plain else "llama"
     size = config.vocab_size if tokenizer is None else tokenizer.size
-    return hf.config_to_json(config, architecture=architecture, token_ids=ids, tokenizer_size=size)
+    values = hf.config_to_json(
+        config, architecture=architecture, token_ids=ids, tokenizer_size=size
+    )
+    if config.head_size * config.n_head != config.n_embd:
+        # The same names as a llama's, but optimum-onnx takes the width of a head from head_dim.
+        values["model_type"] = "gemma"
+    return values
 
 
 def _js_config(files: Sequence[GraphFile]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The name keeps it out of `make test`: it needs what `make clients` installs.
 import os
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def exported(tokenizer, tmp_path_factory):
             model = random_gpt(**{"block_size": 288, "vocab_size": 1024, **row["config"]})
             folder = tmp_path_factory.mktemp("exported") / name
             target = TARGETS[row.get("target", "portable")]
+            if row.get("external"):
+                target = replace(target, inline_limit_bytes=0)
             plan = Plan(find_precisions(row.get("precision", "fp32")))
             export_model(model, tokenizer, folder, target=target, plan=plan)
             made[name] = folder, model

@@ -1,5 +1,6 @@
 """What judges clients, on clients that are made up; none needs to be installed."""
 
+import json
 import sys
 import tomllib
 from pathlib import Path
@@ -14,7 +15,9 @@ from gptopt.export.clients import CLIENTS, LIMITS, Client, check_clients, client
 from gptopt.export.clients.environments import FOLDER, PYTHON, browser, python_of
 from gptopt.export.clients.limits import known_limit
 from gptopt.export.clients.registry import RUNNERS
+from gptopt.export.folder import GraphFile, write_configs
 from gptopt.export.package import export_model
+from gptopt.runtime.variants import EdgeFile
 from gptopt.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))
@@ -126,3 +129,17 @@ def test_the_matrix_names_every_option_client_and_case():
         for client in CLIENTS.values():
             assert set(row[client.name]) == set(client.cases)
             assert set(row[client.name].values()) <= known
+
+
+def test_a_head_of_its_own_width_is_told_where_clients_look_for_it(tmp_path):
+    for name, width, kind in (("plain", None, "gpt2"), ("wide", 10, "gemma")):
+        config = ModelConfig(
+            n_layer=1, n_head=4, n_embd=32, block_size=8, vocab_size=9, head_dim=width
+        )
+        (tmp_path / name).mkdir()
+        write_configs(
+            tmp_path / name, config, None, "portable", [GraphFile("fp32", EdgeFile(), False)]
+        )
+        told = json.loads((tmp_path / name / "config.json").read_text(encoding="utf-8"))
+        assert told["model_type"] == kind
+        assert width in (None, told.get("head_dim"))

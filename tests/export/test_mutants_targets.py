@@ -1,4 +1,6 @@
-"""Fused and quantised graphs that are wrong on purpose: the proof has to catch every one of them."""
+"""Fused and quantised graphs that are wrong on purpose: the proof has to catch every one."""
+
+import contextlib
 
 import numpy as np
 import onnx_ir as ir
@@ -152,6 +154,10 @@ def originals(export):
     return {target.name: (model, export(model, target)) for target in (PORTABLE, ORT_CPU)}
 
 
+# onnxruntime's kernel may refuse these before it computes anything.
+REFUSED = ("no causal mask", "one cached token too few")
+
+
 def changed(original, mutate, folder):
     graph = ir.load(original)
     mutate(graph)
@@ -163,13 +169,11 @@ def changed(original, mutate, folder):
 def test_a_wrong_fused_graph_is_caught(target, name, mutate, originals, tmp_path):
     model, original = originals[target]
     path = changed(original, mutate, tmp_path)
-    try:
-        proof = prove(path, model, cases=FEW, file=FACTS[target])
-    except CheckFailed as error:
-        # onnxruntime's kernel refuses these before it computes anything.
-        assert name in ("no causal mask", "one cached token too few"), error
+    if name in REFUSED:
+        with contextlib.suppress(CheckFailed):
+            assert not prove(path, model, cases=FEW, file=FACTS[target]).passed
     else:
-        assert not proof.passed
+        assert not prove(path, model, cases=FEW, file=FACTS[target]).passed
 
 
 def test_unchanged_graphs_pass(originals, tmp_path):

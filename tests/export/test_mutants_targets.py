@@ -165,7 +165,9 @@ def changed(original, mutate, folder):
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize(("target", "name", "mutate"), CASES, ids=lambda each: str(each)[:40])
+@pytest.mark.parametrize(
+    ("target", "name", "mutate"), CASES, ids=[f"{target}-{name}" for target, name, _ in CASES]
+)
 def test_a_wrong_fused_graph_is_caught(target, name, mutate, originals, tmp_path):
     model, original = originals[target]
     path = changed(original, mutate, tmp_path)

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gptopt.errors import UserError
+from gptopt.export.clients.cpp import INCLUDE, compiled
 from gptopt.export.clients.environments import browser, node_modules, python_of
 
 RUNNERS = Path(__file__).parent / "runners"
@@ -55,6 +57,12 @@ def _browser(library: str) -> Command:
     ]  # fmt: skip
 
 
+def _cpp(request: Path, result: Path, _: Path) -> list[str]:
+    compiled()
+    module = "gptopt.export.clients.cpp"
+    return [sys.executable, "-P", "-m", module, str(request), str(result)]
+
+
 _IDS = ("greedy", "left padding", "right padding")
 _CLIENTS = (
     Client("onnxruntime", _IDS, _python("onnxruntime", "onnxruntime_python.py")),
@@ -66,17 +74,20 @@ _CLIENTS = (
     Client("transformers.js", ("greedy", "left padding", "text"), _node("transformers")),
     Client("transformers.js-web", ("greedy", "left padding", "text"), _browser("transformers")),
 )
-CLIENTS = {client.name: client for client in _CLIENTS}
+_CPP = Client("onnxruntime-cpp", _IDS, _cpp)
+CLIENTS = {client.name: client for client in (*_CLIENTS, _CPP)}
+INSTALLABLE = tuple(client.name for client in _CLIENTS)
+"""Those whose parts a registry of packages carries: what "all" means."""
 
 
 def find_clients(names: str) -> list[Client]:
-    """The clients of a comma-separated list, or "all".
+    """The clients of a comma-separated list, or "all", the C++ one only where ORT_INCLUDE is set.
 
     Raises:
         UserError: one of them is unknown.
     """
     if names == "all":
-        return list(CLIENTS.values())
+        return [CLIENTS[name] for name in INSTALLABLE] + [_CPP] * (INCLUDE in os.environ)
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
     unknown = [name for name in wanted if name not in CLIENTS]
     if unknown or not wanted:

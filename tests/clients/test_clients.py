@@ -85,7 +85,16 @@ def test_an_unknown_client_is_named():
     with pytest.raises(UserError, match="found nothing"):
         find_clients(" ,")
     assert [each.name for each in find_clients("openvino, genai,openvino")] == ["openvino", "genai"]
-    assert len(find_clients("all")) == len(CLIENTS)
+
+
+def test_all_has_the_cpp_client_where_headers_are_named(monkeypatch):
+    monkeypatch.delenv("ORT_INCLUDE", raising=False)
+    installable = [each.name for each in find_clients("all")]
+    assert len(installable) == 8
+    monkeypatch.setenv("ORT_INCLUDE", "/nowhere")
+    assert [each.name for each in find_clients("all")] == [*installable, "onnxruntime-cpp"]
+    with pytest.raises(UserError, match=r"onnxruntime-cpp: no onnxruntime_cxx_api.h in ORT_INC"):
+        CLIENTS["onnxruntime-cpp"].command(Path(), Path(), Path())
 
 
 @pytest.mark.parametrize("client", PYTHON)

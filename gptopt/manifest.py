@@ -19,6 +19,7 @@ from gptopt.errors import CheckFailed, UserError
 
 MANIFEST = "manifest.json"
 _STAGING_PREFIX = ".tmp-"
+_MAX_JSON_BYTES = 2**26  # Python's objects take some ten times as much
 
 
 def sha256_of(path: Path) -> str:
@@ -30,7 +31,12 @@ def sha256_of(path: Path) -> str:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; UserError naming the file where it is missing or malformed."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, _MAX_JSON_BYTES))
+        if size > _MAX_JSON_BYTES:
+            raise UserError(f"{path}: has more than {_MAX_JSON_BYTES} bytes; restore the file")
+        value = json.loads(content.decode("utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError, ValueError, RecursionError) as error:

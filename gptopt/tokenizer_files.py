@@ -15,6 +15,7 @@ from gptopt.manifest import read_json
 MAX_IDS = 2**24  # no real vocabulary is near it
 EACH_CHARACTER = r"[\s\S]"  # the pattern by which a character-level tokenizer is recognised
 _MAX_FILE_BYTES = 2**28
+_MAX_GROWTH = 256  # characters that normalizing may make of one; known tokenizers make 3
 
 
 def byte_symbols() -> dict[str, int]:
@@ -111,6 +112,7 @@ def parse_json(content: bytes, source: str) -> dict[str, Any]:
 def parse_backend(content: bytes, source: str) -> Any:
     """A tokenizer.json as the library's tokenizer, which parses no control token out of text."""
     with library_errors(source):
+        check_growth(parse_json(content, source), source)
         backend = tokenizers.Tokenizer.from_buffer(content)
         backend.no_truncation()
         backend.no_padding()
@@ -118,6 +120,31 @@ def parse_backend(content: bytes, source: str) -> Any:
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None  # merges skipped at random: for training only
         return backend
+
+
+def check_growth(spec: dict[str, Any], source: str) -> None:
+    """Refuse replacements that make a long text of a short one: a few in a row take all memory.
+
+    Raises:
+        UserError: a normalizer or a decoder may make more than 256 characters of one.
+    """
+    for kind in ("normalizer", "decoder"):
+        growth, waiting = 1, [spec.get(kind)]
+        while waiting:
+            part = waiting.pop()
+            if not isinstance(part, dict):
+                continue
+            for name in ("normalizers", "decoders"):
+                parts = part.get(name)
+                waiting += parts if isinstance(parts, list) else []
+            content = part.get("content")
+            if part.get("type") == "Replace" and isinstance(content, str):
+                growth *= max(len(content), 1)
+            if growth > _MAX_GROWTH:
+                raise UserError(
+                    f"{source}: its {kind} makes more than {_MAX_GROWTH} characters of one; "
+                    f"restore the file"
+                )
 
 
 def checked_size(backend: Any, spec: dict[str, Any], source: str) -> int:

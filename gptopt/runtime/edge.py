@@ -8,12 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from gptopt.config import SamplingOptions
-from gptopt.errors import UserError
+from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import sha256_of
 from gptopt.runtime import cache_file, settings
 from gptopt.runtime import sampling as sampler
 from gptopt.runtime.cache import Cache, GrowingCache
-from gptopt.runtime.folder import load_config, load_tokenizer, model_file, verify_folder
+from gptopt.runtime.folder import (
+    file_marks,
+    load_config,
+    load_tokenizer,
+    model_file,
+    verify_folder,
+)
 from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, positions
 from gptopt.runtime.session import Session
 from gptopt.runtime.shared import SharedCache
@@ -67,6 +73,7 @@ class EdgeModel:
             CheckFailed: the folder was changed, or the graph is not what config.json says.
         """
         folder = Path(folder)
+        marks = file_marks(folder) if verify else {}
         if verify:
             verify_folder(folder, precision)
         self.config = load_config(folder)
@@ -80,6 +87,8 @@ class EdgeModel:
         self._session = Session(
             self._path, self.config, provider, file=self.file, settings=self.settings
         )
+        if verify and file_marks(folder) != marks:
+            raise CheckFailed(f"{folder}: was changed while it was read; load it again")
         self.provider = self._session.provider
         self.block_size = self.config["block_size"]
         self.vocab_size = self.config["vocab_size"]

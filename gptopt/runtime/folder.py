@@ -108,6 +108,22 @@ def check_names(folder: Path) -> None:
                 raise CheckFailed(f"{path}: has {status.st_size} bytes, at most {limit} expected")
 
 
+def file_marks(folder: Path) -> dict[str, tuple[int, ...]]:
+    """What changes when a file of a folder is written to or replaced, links not followed.
+
+    Taken before a folder is checked and after it was read, it shows that both saw the same files.
+    """
+    marks = {}
+    for root, folders, names in os.walk(folder):
+        for name in folders + names:
+            status = (Path(root) / name).lstat()
+            marks[(Path(root) / name).relative_to(folder).as_posix()] = (
+                status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+                status.st_ctime_ns,
+            )  # fmt: skip
+    return marks
+
+
 def _limit(relative: str) -> int:
     return next((limit for names, limit in _LIMITS if names.fullmatch(relative)), 0)
 

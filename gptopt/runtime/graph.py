@@ -1,7 +1,8 @@
 """What an ONNX file makes a runtime read besides itself, found without the onnx package.
 
 onnxruntime opens whatever path a tensor's external data names, hard links included, so the file is
-walked before a session sees it: only `<file>_data` beside it may be named, within its size. The
+walked before a session sees it: only `<file>_data` beside it may be named, within its size. Graphs
+inside of nodes and functions are refused, for a few nested ones unfold into billions of nodes. The
 walk follows the fields of onnx.proto that can lead to a tensor and skips every other by its length.
 Source: protobuf encoding guide (wire format); onnx.proto (field numbers), fixed by a test.
 """
@@ -14,11 +15,10 @@ from typing import NamedTuple
 from gptopt.errors import CheckFailed
 
 # message -> field number -> message. FORBIDDEN ones have no place in an exported folder.
-FORBIDDEN = {"SparseTensorProto", "TrainingInfoProto"}
+FORBIDDEN = {"FunctionProto", "SparseTensorProto", "TrainingInfoProto"}
 CHILDREN: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
-    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
     "NodeProto": {5: "AttributeProto"},
     "AttributeProto": {
         5: "TensorProto",
@@ -29,7 +29,8 @@ CHILDREN: dict[str, dict[int, str]] = {
         23: "SparseTensorProto",
     },
 }
-_OP_TYPE = 4  # NodeProto.op_type
+_OP_TYPE, _DOMAIN = 4, 7  # NodeProto.op_type, .domain
+_DOMAINS = (b"", b"ai.onnx", b"com.microsoft")
 _EXTERNAL_DATA, _DATA_LOCATION = 13, 14  # TensorProto.external_data, .data_location
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
 _MAX_DEPTH = 90  # protobuf itself stops at 100
@@ -51,7 +52,8 @@ def check_graph(path: Path) -> None:
 
     Raises:
         CheckFailed: the file is no ONNX, its tensors lie elsewhere or outside the data file, or it
-            holds what no exported folder holds: sparse tensors, training graphs, EPContext nodes.
+            holds what no exported folder holds: sparse tensors, training graphs, functions, graphs
+            inside of nodes, operators of unknown domains, EPContext nodes.
     """
     data = path.with_name(path.name + "_data")
     data_bytes = data.stat().st_size if data.is_file() else 0
@@ -91,6 +93,8 @@ class _Walk:
                 raise Refused(f"holds a {message}, which no exported folder needs")
             if depth > _MAX_DEPTH:
                 raise Refused(f"is nested more than {_MAX_DEPTH} messages deep")
+            if message == "GraphProto" and depth > 1:
+                raise Refused("holds a graph inside a node, which no exported folder needs")
             if message == "TensorProto":
                 yield span
                 continue
@@ -98,12 +102,14 @@ class _Walk:
                 if field.number in CHILDREN[message]:
                     child = CHILDREN[message][field.number]
                     stack.append((child, self._message(field), depth + 1))
-                elif (message, field.number) == ("NodeProto", _OP_TYPE):
-                    self._check_op_type(field)
+                elif message == "NodeProto":
+                    self._check_operator(field)
 
-    def _check_op_type(self, field: _Field) -> None:
-        if self._bytes(field) == b"EPContext":
+    def _check_operator(self, field: _Field) -> None:
+        if field.number == _OP_TYPE and self._bytes(field) == b"EPContext":
             raise Refused("holds an EPContext node, which loads a compiled binary")
+        if field.number == _DOMAIN and (domain := self._bytes(field)) not in _DOMAINS:
+            raise Refused(f"holds an operator of the unknown domain {_shown(domain)}")
 
     def external_data(self, tensor: Span) -> dict[str, str] | None:
         """The external-data entries of a tensor; None where its data lies in the file itself."""
@@ -120,7 +126,9 @@ class _Walk:
                     for n in (_KEY, _VALUE)
                 )
                 if key not in _KNOWN_KEYS or key in entries:
-                    raise Refused(f"a tensor's external data has an unknown or second key {key!r}")
+                    raise Refused(
+                        f"a tensor's external data has an unknown or second key {key[:80]!r}"
+                    )
                 entries[key] = value
         return entries if external else None
 
@@ -168,12 +176,16 @@ class _Walk:
         raise Refused(f"is no ONNX file, or is cut off (at byte {position})")
 
 
+def _shown(name: bytes) -> str:
+    return repr(name[:80].decode("utf-8", "replace"))
+
+
 def _check_external(entries: dict[str, str] | None, data_name: str, data_bytes: int) -> None:
     if entries is None:
         return
     location = entries.get("location", "")
     if location != data_name:
-        raise Refused(f"a tensor's data lies in {location!r}; only {data_name!r} is allowed")
+        raise Refused(f"a tensor's data lies in {location[:200]!r}; only {data_name!r} is allowed")
     end = _count(entries, "offset") + _count(entries, "length")
     if end > data_bytes:
         raise Refused(f"a tensor's data ends at byte {end}, {data_name} has {data_bytes}")

@@ -82,6 +82,7 @@ class Session:
             CheckFailed: onnxruntime refuses the graph, or it breaks the contract.
         """
         ort = _onnxruntime()
+        self._path = path
         self.provider = provider.lower()
         self.settings = settings or Settings(threads)
         name, self.device = _provider(ort, self.provider)
@@ -148,7 +149,10 @@ class Session:
         try:
             self._session.run_with_iobinding(binding)
         except Exception as error:
-            raise CheckFailed(f"onnxruntime cannot run the graph ({first_line(error)})") from None
+            raise CheckFailed(
+                f"{self._path}: onnxruntime cannot run the graph ({first_line(error)[:600]}); "
+                f"export the model again"
+            ) from None
 
     def zeros(self, shape: tuple[int, ...]) -> tuple[Any, int]:
         """A zeroed buffer of the cache's type on the session's device, and its address.
@@ -207,7 +211,7 @@ def _provider(ort: Any, name: str) -> tuple[str, str]:
 def _open(ort: Any, path: Path, provider: str, settings: Settings, file: EdgeFile) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors are raised: to print them as well says them twice
     for key, value in settings.entries().items():
         options.add_session_config_entry(key, value)
     options.add_session_config_entry("session.load_model_format", "ONNX")
@@ -220,7 +224,8 @@ def _open(ort: Any, path: Path, provider: str, settings: Settings, file: EdgeFil
     except Exception as error:
         remedy = "" if provider == PROVIDERS["cpu"][0] else ", or run it with --provider cpu"
         raise CheckFailed(
-            f"{path}: onnxruntime refuses it ({first_line(error)}); export the model again{remedy}"
+            f"{path}: onnxruntime refuses it ({first_line(error)[:600]}); export the model "
+            f"again{remedy}"
         ) from None
     if provider not in session.get_providers():
         # For want of a driver, say, onnxruntime takes the CPU and merely warns.

@@ -71,7 +71,7 @@ def write(path, model):
 PLACES = ["initializer", "constant", "function", "subgraph", "sparse"]
 
 
-@pytest.mark.parametrize("where", PLACES[:4])
+@pytest.mark.parametrize("where", PLACES[:2])
 def test_the_data_file_beside_the_model_is_allowed(path, where):
     check_graph(write(path, model_with(external("model.onnx_data", offset=0, length=16), where)))
 
@@ -84,7 +84,7 @@ def test_the_data_file_beside_the_model_is_allowed(path, where):
 )  # fmt: skip
 def test_any_other_location_is_refused(path, where, location):
     write(path, model_with(external(location), where))
-    with pytest.raises(CheckFailed, match=r"only 'model.onnx_data' is allowed|SparseTensorProto"):
+    with pytest.raises(CheckFailed, match=r"only 'model.onnx_data' is allowed|which no exported"):
         check_graph(path)
 
 
@@ -143,7 +143,7 @@ def test_deep_nesting_is_refused_without_recursion(path):
         for tag in (0x32, 0x2A, 0x0A):  # AttributeProto.g, NodeProto.attribute, GraphProto.node
             inner = bytes([tag]) + varint(len(inner)) + inner
     path.write_bytes(b"\x3a" + varint(len(inner)) + inner)
-    with pytest.raises(CheckFailed, match="nested more than 90 messages deep"):
+    with pytest.raises(CheckFailed, match="holds a graph inside a node"):
         check_graph(path)
 
 
@@ -211,7 +211,7 @@ def test_what_passes_after_random_damage_reads_no_other_file():
     """Five thousand mutated graphs: refused, or protobuf too sees no other location."""
     rng = random.Random(0)
     seeds = []
-    for where in PLACES[:4]:
+    for where in (*PLACES[:2] * 4, *PLACES[2:4]):  # functions and branches never survive
         for location in ("model.onnx_data", "../secret"):
             model = model_with(external(location, offset=0, length=16), where)
             seeds.append(model.SerializeToString())
@@ -232,7 +232,7 @@ def test_what_passes_after_random_damage_reads_no_other_file():
         with contextlib.suppress(graph.Refused, DecodeError):
             graph.check_content(bytes(content), "model.onnx_data", 16)
             survivors.append(onnx_ml_pb2.ModelProto.FromString(bytes(content)))
-    assert len(survivors) > 200
+    assert len(survivors) > 100
     for tensor in (tensor for model in survivors for tensor in all_tensors(model)):
         for entry in tensor.external_data:
             assert entry.key != "location" or entry.value == "model.onnx_data"
@@ -250,15 +250,24 @@ def test_a_folder_with_such_a_graph_and_a_fitting_manifest_is_refused(folder, lo
         EdgeModel(folder, threads=1)
 
 
-def test_unknown_operators_are_refused_by_onnxruntime(folder):
+@pytest.mark.parametrize(
+    ("domain", "kind", "message"),
+    [
+        ("evil", "Add", "holds an operator of the unknown domain 'evil'"),
+        ("evil\nx" * 400, "Add", r"unknown domain 'evil\\nx"),
+        ("", "Evil", r"model.onnx: onnxruntime refuses it .*Evil"),
+    ],
+)
+def test_unknown_operators_are_refused(folder, domain, kind, message):
     path = folder / "onnx" / "model.onnx"
     model = onnx.load(path, load_external_data=False)
-    model.graph.node[-1].domain = "evil"
-    model.opset_import.add(domain="evil", version=1)
+    model.graph.node[-1].domain, model.graph.node[-1].op_type = domain, kind
     path.write_bytes(model.SerializeToString())
     write_manifest(folder, "edge")
-    with pytest.raises(CheckFailed, match=r"model.onnx: onnxruntime refuses it .*evil"):
+    with pytest.raises(CheckFailed, match=message) as caught:
         EdgeModel(folder, threads=1)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_graph_that_fails_while_running_is_a_failed_check(folder):

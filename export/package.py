@@ -29,6 +29,7 @@ from gptopt.export.trace import Exportable
 from gptopt.export.validate import Proof, prove
 from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
+from gptopt.runtime.graph import check_graph
 
 if TYPE_CHECKING:
     from gptopt.tokenizer import Tokenizer
@@ -160,6 +161,7 @@ class _Maker:
         path = f"onnx/model{precision.suffix}.onnx"
         external = wants_data_file(graph, target.inline_limit_bytes)
         save(graph, self.folder / path, external=external)
+        check_graph(self.folder / path)  # the runtime refuses what it was not meant to run
         build.done("write")
         dtype = "int8" if self.plan.int8_cache else precision.floats
         file = GraphFile(precision.name, target.facts(path, dtype), external)

@@ -23,7 +23,7 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, pad_id: int) -> 
     generator = og.Generator(model, params)
     generator.append_tokens(ids)
     first = np.asarray(generator.get_logits(), np.float32)[:, -1]
-    chosen = []
+    chosen: list[Any] = []
     while len(chosen) < tokens and not generator.is_done():
         generator.generate_next_token()
         chosen.append(np.array(generator.get_next_tokens()))

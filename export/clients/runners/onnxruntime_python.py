@@ -35,7 +35,8 @@ def generate(session: Any, prompts: list[list[int]], side: str, tokens: int) -> 
         if value.name.startswith("past_key_values")
     }
     names = [value.name for value in session.get_outputs()]
-    chosen, first = [], None
+    chosen: list[Any] = []
+    first: Any = None
     for _ in range(tokens):
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **past}
         out = dict(zip(names, session.run(names, feed), strict=True))

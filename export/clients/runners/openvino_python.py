@@ -35,7 +35,8 @@ def generate(model: Any, prompts: list[list[int]], side: str, tokens: int) -> An
             shape = (len(prompts), heads.get_length(), 0, size.get_length())
             past[value.any_name] = np.zeros(shape, value.element_type.to_dtype())
     request = model.create_infer_request()
-    chosen, first = [], None
+    chosen: list[Any] = []
+    first: Any = None
     for _ in range(tokens):
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **past}
         out = {value.any_name: array for value, array in request.infer(feed).items()}

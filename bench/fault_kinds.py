@@ -161,7 +161,7 @@ def another_layers_cache(model: ir.Model, node: ir.Node) -> bool:
     if at is None:
         return False
     names = {value.name: value for value in model.graph.inputs}
-    layer = layer_of(node.inputs[at].name or "") or 0
+    layer = layer_of(getattr(node.inputs[at], "name", None) or "") or 0
     other = f"past_key_values.{(layer + 1) % _layers(model)}.key"
     node.replace_input_with(at, names[other])
     return True
@@ -264,7 +264,8 @@ def wrong_addend(model: ir.Model, node: ir.Node) -> bool:
 
 def head_untied(model: ir.Model, node: ir.Node) -> bool:
     """A matrix of its own, one row of which differs."""
-    maker = node.inputs[1].producer() if node.op_type == "MatMul" else None
+    matrix = node.inputs[1] if node.op_type == "MatMul" else None
+    maker = None if matrix is None else matrix.producer()
     if maker is None or maker.op_type != "Transpose":
         return False
     value = _stored(node, 1)

@@ -103,7 +103,7 @@ def mask_error(
         mine = mine.double()
     if mine.dim() != 4:
         return 0.0
-    mine, wanted = torch.broadcast_tensors(mine, wanted)
+    mine, wanted = mine + torch.zeros_like(wanted), wanted + torch.zeros_like(mine)
     rows = feeds.mask[:, None, S - T :, None].bool().expand(B, mine.shape[1], T, S)
     if compact:  # the operator hides; columns of a padded row are others
         whole = feeds.mask.bool().all(1)[:, None, None, None]

@@ -115,7 +115,7 @@ class _Recorder(torch.fx.Interpreter):
                 self._value(n.args[1]), self._tables[self._name(n.args[0])]
             )
         if n.op == "call_function" and n.target in self._keep:
-            schema = n.target._schema.arguments  # type: ignore[union-attr]
+            schema = n.target._schema.arguments
             names = [argument.name for argument in schema]
             nodes = {**dict(zip(names, n.args, strict=False)), **n.kwargs}
             values = {name: self._value(node) for name, node in nodes.items()}
@@ -129,7 +129,8 @@ class _Recorder(torch.fx.Interpreter):
         return self.env[node] if isinstance(node, torch.fx.Node) else node
 
     def _name(self, node: Any) -> str:
-        return self._targets.get(getattr(node, "name", ""), "")
+        name: str = self._targets.get(getattr(node, "name", ""), "")
+        return name
 
     def _add(self, at: torch.fx.Node, kind: str, which: str, value: Tensor | None) -> None:
         if value is None or not which:

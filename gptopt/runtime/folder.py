@@ -113,7 +113,7 @@ def file_marks(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Taken before a folder is checked and after it was read, it shows that both saw the same files.
     """
-    marks = {}
+    marks: dict[str, tuple[int, ...]] = {}
     for root, folders, names in os.walk(folder):
         for name in folders + names:
             status = (Path(root) / name).lstat()

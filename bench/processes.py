@@ -3,6 +3,7 @@
 A stopped process cannot disturb the others, whatever its threads do while they wait for work.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -56,9 +57,12 @@ class Worker:
         assert self._process.stdin is not None
         self._process.send_signal(signal.SIGCONT)
         before, began = _busy_s() - self._own_s(), time.perf_counter()
-        self._process.stdin.write(json.dumps(command) + "\n")
-        self._process.stdin.flush()
-        answer = self._read()
+        try:
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+            answer = self._read()
+        except BrokenPipeError:  # it died between the question before and this one
+            return {"error": "the process is gone"}
         taken = max(time.perf_counter() - began, 1e-3)
         answer["other_cpu"] = max(0.0, (_busy_s() - self._own_s() - before) / taken)
         self._stop()
@@ -72,11 +76,24 @@ class Worker:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # a question it never read
+                    stream.close()
 
     def _stop(self) -> None:
+        """Stop it, and wait until all of its threads stand still: a signal takes its time."""
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGSTOP)
+            began = time.perf_counter()
+            while self._state() not in "TtZX" and time.perf_counter() - began < 1.0:
+                time.sleep(1e-3)
+
+    def _state(self) -> str:
+        """The letter of /proc, "T" where it is stopped and also where nobody knows."""
+        try:
+            text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
+        except OSError:
+            return "T"
+        return text.rpartition(")")[2].split()[0]
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

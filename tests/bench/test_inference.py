@@ -78,6 +78,19 @@ def test_a_worker_stands_still_between_its_turns(tmp_path):
     assert worker.ask(turn=9) == {"error": "the process is gone"}
 
 
+def test_a_worker_that_dies_between_two_questions_is_an_error(tmp_path):
+    script = (
+        "import time; print('{}', flush=True); input(); print('{}', flush=True); time.sleep(60)"
+    )
+    with Worker([sys.executable, "-c", script], {}) as worker:
+        assert "error" not in worker.ask(turn=0)
+        worker._process.kill()
+        worker._process.poll = lambda: None  # it dies after it was last seen alive
+        worker._process.send_signal = lambda _: None
+        worker._process.wait()
+        assert worker.ask(turn=1)["error"]
+
+
 def test_a_worker_that_dies_is_an_error_and_no_hang():
     with Worker([sys.executable, "-c", ""], {}) as worker:
         assert "ended without an answer" in worker.hello["error"]

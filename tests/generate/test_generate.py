@@ -129,8 +129,8 @@ def test_both_verbs_agree(model_folder, edge_folder, capsys):
     edge_result = run(RunOptions(folder=str(edge_folder), **sampling, threads=1))
     assert torch_out == capsys.readouterr().out
     assert torch_result["results"] == edge_result["results"]
-    different = {"device", "provider", "time_to_first_token_ms", "tokens_per_second"}
-    assert set(torch_result) ^ set(edge_result) == {"device", "provider"}
+    different = {"device", "provider", "precision", "time_to_first_token_ms", "tokens_per_second"}
+    assert set(torch_result) ^ set(edge_result) == {"device", "provider", "precision"}
     for key in set(torch_result) - different:
         assert torch_result[key] == edge_result[key]
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,10 @@ import numpy as np
 import pytest
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+# A shell starts background jobs deaf to Ctrl-C, and what they start inherits that: tests send it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

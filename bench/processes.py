@@ -89,11 +89,8 @@ class Worker:
 
     def _state(self) -> str:
         """The letter of /proc, "T" where it is stopped and also where nobody knows."""
-        try:
-            text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
-        except OSError:
-            return "T"
-        return text.rpartition(")")[2].split()[0]
+        fields = self._fields()
+        return fields[0] if fields else "T"
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -104,12 +101,16 @@ class Worker:
         return found
 
     def _own_s(self) -> float:
+        fields = self._fields()
+        return (int(fields[11]) + int(fields[12])) / _TICKS if fields else 0.0
+
+    def _fields(self) -> list[str]:
+        """What /proc says after the process's name; nothing where it says nothing."""
         try:
             text = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8")
         except OSError:
-            return 0.0
-        fields = text.rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / _TICKS
+            return []
+        return text.rpartition(")")[2].split()
 
 
 def _busy_s() -> float:

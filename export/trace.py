@@ -25,10 +25,10 @@ class Output(Protocol):
     """What a model returns: (B, T, V) logits and per layer the keys and values, (B, K, S, D)."""
 
     @property
-    def logits(self) -> Tensor | None: ...  # noqa: D102
+    def logits(self) -> Tensor | None: ...  # noqa: D102 - the class says
 
     @property
-    def present(self) -> Sequence[Cache] | None: ...  # noqa: D102
+    def present(self) -> Sequence[Cache] | None: ...  # noqa: D102 - the class says
 
 
 class Exportable(Protocol):
@@ -41,7 +41,7 @@ class Exportable(Protocol):
 
     config: ModelConfig
 
-    def __call__(self, ids: Tensor, **keywords: Any) -> Output: ...  # noqa: D102
+    def __call__(self, ids: Tensor, **keywords: Any) -> Output: ...  # noqa: D102 - the class says
 
 
 def trace(model: nn.Module, contract: Contract) -> ExportedProgram:

@@ -140,7 +140,7 @@ def fused_attention(
         see = see.unsqueeze(1)  # (1 | B, 1, T, S)
         mask = see if bias is None else bias.masked_fill(~see, -torch.inf)
     # torch.compile may hold the comparison as a symbol, and torch's kernel wants a bool.
-    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210
+    grouped = True if q.shape[1] != k.shape[1] else False  # noqa: SIM210 - see above
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
 
 from gptopt.bench import kernels as module  # noqa: E402
 from gptopt.bench.cases import OPERATORS, Case, cases  # noqa: E402

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
 pytest.importorskip("matplotlib")
 
 from gptopt.bench.cases import cases  # noqa: E402

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
 
 from gptopt.bench import timing  # noqa: E402
 from gptopt.bench.timing import (  # noqa: E402

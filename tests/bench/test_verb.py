@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
 
 from gptopt import cli  # noqa: E402
 from gptopt.bench import training  # noqa: E402

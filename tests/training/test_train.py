@@ -339,7 +339,7 @@ def test_compile_without_a_compiler_names_the_next_step(options, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore")  # torch.compile warns of torch's own code
 def test_compiled_training_agrees_with_eager(options):
     eager = train(options("eager"))
     compiled = train(options("compiled", compile=True))

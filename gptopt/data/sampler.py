@@ -33,7 +33,10 @@ class Sampler:
     A block is `block_size` inputs and the one token after them. The blocks of an epoch lie side by
     side from a random start below `block_size`, so no input is seen twice in an epoch, and over the
     epochs every token is seen in every place. A batch that reaches the end of an epoch goes on in
-    the next one. Of each `world * batch_size` blocks in a row, rank r takes the r-th part.
+    the next one.
+
+    `batch_size` counts the blocks of all ranks together: rank r takes the r-th of `world` parts, as
+    even as can be, so the batches do not depend on how many ranks share them.
 
     Raises:
         UserError: there are fewer than block_size + 1 tokens.
@@ -55,8 +58,7 @@ class Sampler:
                 f"the {split} split has {n_tokens} tokens, a block needs block_size + 1 = "
                 f"{block_size + 1}; give more text or a smaller --model.block-size"
             )
-        assert batch_size > 0
-        assert 0 <= rank < world
+        assert 0 <= rank < world <= batch_size
         self._n_tokens = n_tokens
         self._block_size = block_size
         self._batch_size = batch_size
@@ -73,9 +75,18 @@ class Sampler:
         return self._epoch
 
     def next(self) -> Int64s:
-        """The offsets (B,) of this rank's next blocks."""
+        """The offsets of this rank's next blocks."""
+        return self.part(self.take())
+
+    def part(self, batch: Int64s) -> Int64s:
+        """Which of a whole batch's offsets are this rank's."""
+        begin, end = (len(batch) * rank // self._world for rank in (self._rank, self._rank + 1))
+        return batch[begin:end]
+
+    def take(self) -> Int64s:
+        """The offsets (batch_size,) of the next blocks of all ranks."""
         taken = []
-        wanted = self._batch_size * self._world
+        wanted = self._batch_size
         while wanted:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
@@ -84,8 +95,7 @@ class Sampler:
             self._position += len(part)
             wanted -= len(part)
             taken.append(part)
-        start = self._rank * self._batch_size
-        return np.concatenate(taken)[start : start + self._batch_size]
+        return np.concatenate(taken)
 
     def _epoch_order(self, epoch: int) -> Int64s:
         """The offsets of all blocks of an epoch, shuffled."""

@@ -66,11 +66,13 @@ def test_a_restored_state_continues_exactly(size, before):
 @repeatable
 @given(size=sizes(), world=st.integers(1, 4))
 def test_ranks_share_the_blocks_without_overlap_or_gap(size, world):
-    alone = Sampler(**{**size, "batch_size": size["batch_size"] * world})
+    size["batch_size"] = max(size["batch_size"], world)
+    alone = Sampler(**size)
     ranks = [Sampler(**size, rank=rank, world=world) for rank in range(world)]
     for _ in range(8):
         parts = [rank.next() for rank in ranks]
-        assert all(part.shape == (size["batch_size"],) for part in parts)
+        lengths = [len(part) for part in parts]
+        assert max(lengths) - min(lengths) <= 1
         assert np.array_equal(np.concatenate(parts), alone.next())
         assert all(rank.state_dict() == alone.state_dict() for rank in ranks)
 

@@ -57,11 +57,11 @@ def _hf_config(
     """config.json with a model_type that clients know.
 
     transformers.js and optimum read no more from it than the names and sizes of the cache, and they
-    refuse types they have never heard of, so a model that is neither declares the nearest one. What
-    the model really is stands under "gptopt".
+    refuse types they have never heard of, so a model that is neither a gpt2 nor a llama declares
+    the nearest one. What the model really is stands under "gptopt".
     """
     architecture = hf.architecture_of(config)
-    if architecture == hf.OWN:
+    if architecture not in ("gpt2", "llama"):
         plain = config.kv_heads == config.n_head and config.head_dim in (
             None,
             config.n_embd // config.n_head,
@@ -130,7 +130,7 @@ def _genai_config(config: ModelConfig, ids: Mapping[str, int], file: EdgeFile) -
             "no_repeat_ngram_size": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": file.cache == "shared",
+            "past_present_share_buffer": file.cache != "growing",
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

@@ -73,7 +73,7 @@ def save_model(
     shapes = {name: tensor.shape for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     for weight in hf.weights(config, architecture, shapes):
-        for name, part in weight.split(state[weight.own].detach()).items():
+        for name, part in weight.split([state[own].detach() for own in weight.owns]).items():
             tensors[hf.stored_name(architecture, name)] = part
     _write_weights(folder / WEIGHTS, tensors)
 
@@ -262,7 +262,7 @@ def _read_state(
     wanted = {
         name: shape
         for weight in plan
-        for name, shape in zip(weight.parts, weight.shapes(shapes[weight.own]), strict=True)
+        for name, shape in zip(weight.parts, weight.shapes(shapes[weight.owns[0]]), strict=True)
     }
     _compare_names(folder, set(wanted), set(names))
     _compare_shapes(folder, wanted, {name: stored[names[name]] for name in wanted}, names)
@@ -272,7 +272,9 @@ def _read_state(
         # A copy, so that the model does not change with the file it was read from.
         return tensor.to(device=device, dtype=dtype, copy=True)
 
-    state = {weight.own: weight.join([read(names[n]) for n in weight.parts]) for weight in plan}
+    state: dict[str, Tensor] = {}
+    for weight in plan:
+        state |= weight.join([read(names[name]) for name in weight.parts])
     if tied_copy is not None and not torch.equal(read(tied_copy), state["wte.weight"]):
         raise UserError(
             f"{folder}: the configuration ties the head to the embedding, but {tied_copy} differs "
@@ -354,7 +356,7 @@ def _card(model: GPT, architecture: str, extra: str | None) -> str:
         if name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
     )
     if architecture == hf.OWN:
-        reasons = min((hf.obstacles(config, name) for name in ("gpt2", "llama")), key=len)
+        reasons = min((hf.obstacles(config, name) for name in hf.ARCHITECTURES), key=len)
         loading = (
             f"transformers has no architecture for it ({', '.join(reasons)}): it is loaded by "
             f"`gptopt.load_model` only. Its configuration is config.json, key `gptopt`."

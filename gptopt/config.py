@@ -44,6 +44,9 @@ class ModelConfig(Options):
     )
     dropout: Fraction = Field(0.0, description="dropout probability, used while training")
     bias: bool = Field(True, description="biases in linear layers and layernorms")
+    qkv_bias: bool | None = Field(
+        None, description="biases of the query, key and value projections (none: as bias)"
+    )
     activation: Activation = Field("gelu_tanh", description="activation of the ffn")
     norm: Literal["layernorm", "rmsnorm"] = Field("layernorm", description="kind of norm")
     norm_position: Literal["pre", "post", "sandwich"] = Field(
@@ -94,6 +97,11 @@ class ModelConfig(Options):
         return self.head_dim or self.n_embd // self.n_head
 
     @property
+    def biased_qkv(self) -> bool:
+        """Whether queries, keys and values have biases."""
+        return self.bias if self.qkv_bias is None else self.qkv_bias
+
+    @property
     def gated(self) -> bool:
         """Whether the ffn has a gate branch."""
         return self.activation in GATED_ACTIVATIONS
@@ -125,14 +133,35 @@ class TokenizeOptions(DataOptions):
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
 
-class TrainOptions(Options):
-    """Train a GPT. Every default is printed and saved in the run folder."""
+class LoraOptions(Options):
+    """A low-rank adapter, trained in place of the model's own weights."""
 
-    inputs: list[str] = Field(description="a data folder, or text, jsonl or parquet")
+    rank: int = Field(0, ge=0, le=MAX_SIZE, description="rank of the adapter (0: train all weights)")
+    alpha: float | None = Field(
+        None, gt=0, description="the adapter counts alpha / rank times (none: 2 rank)"
+    )
+    dropout: Fraction = Field(0.0, description="dropout of what enters the adapter")
+    targets: str = Field(
+        "attention",
+        description="layers to adapt, comma-separated: attention, ffn, or names as transformers "
+        "has them, such as q_proj, or c_attn in a GPT-2",
+    )
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return 2.0 if self.alpha is None else self.alpha / self.rank
+
+
+class LoopOptions(Options):
+    """What every verb that trains has in common: the run, the update rule, its rhythm."""
+
     out: str = Field(description="run folder to write")
-    preset: str | None = Field(None, description="named shape to start from")
     resume: bool = Field(
         False, description="continue the run (start it where none exists; done where complete)"
+    )
+    exact: bool = Field(
+        False, description="with --resume: refuse what would change the last bits of the numbers"
     )
     init_from: str | None = Field(None, description="model whose weights to start from")
     kernels: Literal["auto", "reference", "triton"] = Field(
@@ -143,11 +172,22 @@ class TrainOptions(Options):
         "auto", description="autocast precision (auto: bfloat16 on a GPU that has it, else float32)"
     )
     compile: bool = Field(False, description="torch.compile the model")
-    steps: Size = Field(2000, description="optimiser steps in all")
+    parallel: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="under torchrun: whole models (ddp) or a part of one on each rank (fsdp); auto"
+        " is ddp",
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute each block twice instead of keeping what is inside it"
+    )
+    timeout_seconds: float = Field(
+        600.0, gt=0, description="how long ranks wait for each other before the job ends"
+    )
+    steps: Size | None = Field(2000, description="optimiser steps in all")
     max_seconds: float | None = Field(
         None, gt=0, description="end the schedule and the run after this much training time"
     )
-    batch_size: Size = Field(16, description="sequences per micro-batch")
+    batch_size: Size = Field(16, description="sequences per micro-batch (of each rank)")
     accumulate: Size = Field(1, description="micro-batches per optimiser step")
     lr: float = Field(1e-3, gt=0, description="peak learning rate")
     min_lr: float = Field(1e-4, ge=0, description="learning rate at the end of the schedule")
@@ -160,7 +200,6 @@ class TrainOptions(Options):
     beta2: Fraction = Field(0.95, description="AdamW beta2")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm (0: no clipping)")
     label_smoothing: Fraction = Field(0.0, description="label smoothing of the loss")
-    z_loss: float = Field(0.0, ge=0, description="weight of the z-loss")
     eval_every: int = Field(250, ge=0, description="steps between evaluations (0: only at the end)")
     eval_batches: int = Field(
         50, ge=0, description="micro-batches per evaluation (0: the whole validation split)"
@@ -171,12 +210,17 @@ class TrainOptions(Options):
         description="steps between checkpoints (0: only at evaluations' best and the end)",
     )
     keep_checkpoints: Size = Field(2, description="checkpoints kept beside the best one")
+    keep_every: int = Field(
+        0, ge=0, description="checkpoints of every so many steps are kept for good (0: none)"
+    )
+    sync_save: bool = Field(
+        False, description="train on only when a checkpoint is on the disk (saves host memory)"
+    )
     sample_every: int = Field(0, ge=0, description="steps between printed samples (0: none)")
     log_every: Size = Field(10, description="steps between lines of metrics.jsonl")
     max_skips: int = Field(0, ge=0, description="steps with gradients that are not finite to skip")
     seed: int = Field(1337, ge=0, lt=2**63, description="seed of weights, data order and dropout")
-    model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
-    data: DataOptions = Field(default_factory=DataOptions, description="tokenising INPUT")
+    lora: LoraOptions = Field(default_factory=LoraOptions, description="a LoRA adapter")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
     @model_validator(mode="after")
@@ -184,6 +228,21 @@ class TrainOptions(Options):
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
         return self
+
+
+class TrainOptions(LoopOptions):
+    """Train a GPT. Every default is printed and saved in the run folder."""
+
+    inputs: list[str] = Field(description="a data folder, or text, jsonl or parquet")
+    preset: str | None = Field(None, description="named shape to start from")
+    objective: Literal["next", "masked"] = Field(
+        "next", description="predict the next token, or hidden ones from both sides (masked LM)"
+    )
+    mask_rate: Fraction = Field(0.15, gt=0, description="of masked: share of tokens to predict")
+    steps: Size = Field(2000, description="optimiser steps in all")
+    z_loss: float = Field(0.0, ge=0, description="weight of the z-loss")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
+    data: DataOptions = Field(default_factory=DataOptions, description="tokenising INPUT")
 
 
 class SamplingOptions(Options):

@@ -1,9 +1,10 @@
 """Hugging Face's names for what gptopt has; they live here and nowhere else.
 
-A configuration that neither gpt2 nor llama expresses is written as model_type "gptopt", with our
-own names for its weights.
+A configuration that none of the known architectures expresses is written as model_type "gptopt",
+with our own names for its weights.
 """
 
+from gptopt.hf.architectures import ARCHITECTURES
 from gptopt.hf.config import (
     OWN,
     architecture_of,
@@ -14,6 +15,7 @@ from gptopt.hf.config import (
 from gptopt.hf.weights import HEAD, Weight, plain_names, stored_name, weights
 
 __all__ = [
+    "ARCHITECTURES",
     "HEAD",
     "OWN",
     "Weight",

@@ -1,4 +1,4 @@
-"""config.json: Hugging Face's keys for gpt2 and llama models, both ways.
+"""config.json: Hugging Face's keys for the architectures that we have, both ways.
 
 Our exact configuration always stands under the key "gptopt", so that a folder we wrote is read back
 as it was, whatever the other keys can say.
@@ -13,61 +13,19 @@ from pydantic import ValidationError
 
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError
+from gptopt.hf.architectures import ARCHITECTURES, Architecture
 
 logger = logging.getLogger(__name__)
 
 OWN = "gptopt"  # our model_type, and the key of our own configuration
 
-_PLAIN: dict[str, set[Any]] = {
-    "norm_position": {"pre"}, "qk_norm": {False}, "causal": {True}, "window": {None},
-    "attn_softcap": {None}, "logit_softcap": {None},
+# Keys that change the maths of any architecture, with the values that leave it as it is.
+_MUST_BE: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False, None), "auto_map": (None, {}),
+    "is_encoder_decoder": (False, None), "pruned_heads": (None, {}),
+    "quantization_config": (None, {}),
 }  # fmt: skip
-# What an architecture can say: field of ModelConfig -> values.
-_EXPRESSES: dict[str, dict[str, set[Any]]] = {
-    "gpt2": _PLAIN | {
-        "position": {"learned"}, "norm": {"layernorm"}, "bias": {True},
-        "activation": {"gelu_tanh", "gelu", "relu", "relu2"},
-    },
-    "llama": _PLAIN | {
-        "position": {"rotary"}, "norm": {"rmsnorm"}, "rotary_interleaved": {False},
-        "activation": {"swiglu", "geglu"},
-    },
-}  # fmt: skip
-_CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-
-# The first name of each is the one that is written.
-_ACTIVATIONS: dict[str, dict[str, str]] = {
-    "gpt2": {
-        "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
-        "gelu": "gelu", "relu": "relu", "relu2": "relu2",
-    },
-    "llama": {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"},
-}  # fmt: skip
-
-# Keys that change the maths, with the values that leave it as it is; any other value is an error.
-_MUST_BE: dict[str, dict[str, tuple[Any, ...]]] = {
-    "": {
-        "add_cross_attention": (False, None), "auto_map": (None, {}),
-        "is_encoder_decoder": (False, None), "pruned_heads": (None, {}),
-        "quantization_config": (None, {}),
-    },
-    "gpt2": {"scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,)},
-    "llama": {"partial_rotary_factor": (None, 1.0)},
-}  # fmt: skip
-
-_USED = {
-    "gpt2": {
-        "activation_function", "attn_pdrop", "embd_pdrop", "layer_norm_epsilon", "n_embd",
-        "n_head", "n_inner", "n_layer", "n_positions", "resid_pdrop", "tie_word_embeddings",
-        "vocab_size",
-    },
-    "llama": {
-        "attention_bias", "attention_dropout", "head_dim", "hidden_act", "hidden_size",
-        "intermediate_size", "max_position_embeddings", "mlp_bias", "num_attention_heads",
-        "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "rope_parameters",
-        "rope_scaling", "rope_theta", "tie_word_embeddings", "vocab_size",
-    },
-}  # fmt: skip
+_OPTION = {"biased_qkv": "qkv_bias"}  # what a user sets
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _TRAINING_ONLY = {"attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout"}
 _HARMLESS = {
@@ -85,24 +43,27 @@ _HARMLESS_PREFIXES = ("_", "summary_")
 
 
 def obstacles(config: ModelConfig, architecture: str) -> list[str]:
-    """What this architecture ("gpt2" or "llama") cannot say of a configuration; empty: it fits."""
+    """What an architecture, such as "gpt2", cannot say of a configuration; empty: it fits."""
+    kind = ARCHITECTURES[architecture]
     found = [
-        f"{field}={getattr(config, field)}"
-        for field, values in _EXPRESSES[architecture].items()
-        if getattr(config, field) not in values
+        f"{_OPTION.get(name, name)}={getattr(config, name)}"
+        for name, values in kind.expresses.items()
+        if values and getattr(config, name) not in values
     ]
-    if architecture == "gpt2" and config.kv_heads != config.n_head:
+    if config.biased_qkv != config.bias and len(kind.expresses["biased_qkv"]) > 1:
+        found.append(f"qkv_bias={config.qkv_bias} with bias={config.bias}")
+    if kind.keys == "gpt2" and config.kv_heads != config.n_head:
         found.append(f"n_kv_head={config.kv_heads}")
-    if architecture == "gpt2" and config.head_size * config.n_head != config.n_embd:
+    if kind.keys == "gpt2" and config.head_size * config.n_head != config.n_embd:
         found.append(f"head_dim={config.head_size}")
-    if architecture == "llama" and config.n_embd % config.n_head:
+    if kind.keys == "llama" and config.n_embd % config.n_head:
         found.append(f"n_embd={config.n_embd} with n_head={config.n_head}")
     return found
 
 
 def architecture_of(config: ModelConfig) -> str:
-    """The architecture of transformers that expresses a configuration, or "gptopt"."""
-    return next((name for name in _EXPRESSES if not obstacles(config, name)), OWN)
+    """The first architecture of transformers that expresses a configuration, or "gptopt"."""
+    return next((name for name in ARCHITECTURES if not obstacles(config, name)), OWN)
 
 
 def config_to_json(
@@ -117,8 +78,8 @@ def config_to_json(
 
     Args:
         config: the model.
-        architecture: "gpt2", "llama" or "gptopt"; without it the one that expresses the model.
-            Where another one is named, its keys are the nearest ones it has.
+        architecture: one of transformers', or "gptopt"; without it the one that expresses the
+            model. Where another one is named, its keys are the nearest ones it has.
         token_ids: bos_token_id, eos_token_id, pad_token_id.
         tokenizer_size: ids that the tokenizer really has; later ids are padding.
         dtype: of the weights beside it.
@@ -127,7 +88,8 @@ def config_to_json(
     own = config.model_dump(mode="json")
     if tokenizer_size is not None:
         own["tokenizer_size"] = tokenizer_size
-    head = {"model_type": architecture, "architectures": [_CLASSES.get(architecture, "GPT")]}
+    known = ARCHITECTURES.get(architecture)
+    head = {"model_type": architecture, "architectures": [known.class_name if known else "GPT"]}
     # transformers fills missing ids with those of the original model, so None is written too.
     ids = {name: (token_ids or {}).get(name) for name in _TOKEN_IDS}
     return head | _their_keys(config, architecture) | ids | {"dtype": dtype, OWN: own}
@@ -135,8 +97,11 @@ def config_to_json(
 
 def _their_keys(config: ModelConfig, architecture: str) -> dict[str, Any]:
     both = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_head}
-    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.get(architecture, {}).items())}
-    if architecture == "gpt2":
+    if architecture == OWN:
+        return both
+    kind = ARCHITECTURES[architecture]
+    names = {ours: theirs for theirs, ours in reversed(kind.activations.items())}
+    if kind.keys == "gpt2":
         return both | {
             "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
             "n_inner": config.ffn_width, "n_positions": config.block_size,
@@ -144,20 +109,24 @@ def _their_keys(config: ModelConfig, architecture: str) -> dict[str, Any]:
             "layer_norm_epsilon": config.norm_eps, "resid_pdrop": config.dropout,
             "embd_pdrop": config.dropout, "attn_pdrop": config.dropout,
         }  # fmt: skip
-    if architecture == "llama":
-        theta = config.rotary_base
-        return both | {
-            "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
-            "num_key_value_heads": config.kv_heads, "head_dim": config.head_size,
-            "hidden_size": config.n_embd, "intermediate_size": config.ffn_width,
-            "max_position_embeddings": config.block_size,
-            "hidden_act": names.get(config.activation, "silu"), "rms_norm_eps": config.norm_eps,
-            "attention_bias": config.bias, "mlp_bias": config.bias,
-            "attention_dropout": config.dropout,
-            # transformers 4 reads the first key, transformers 5 the second.
-            "rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
-        }  # fmt: skip
-    return both
+    theta = config.rotary_base
+    theirs = both | {
+        "num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.kv_heads, "head_dim": config.head_size,
+        "hidden_size": config.n_embd, "intermediate_size": config.ffn_width,
+        "max_position_embeddings": config.block_size,
+        "hidden_act": names.get(config.activation, "silu"), "rms_norm_eps": config.norm_eps,
+        "attention_dropout": config.dropout,
+        # transformers 4 reads the first key, transformers 5 the second.
+        "rope_theta": theta, "rope_parameters": {"rope_theta": theta, "rope_type": "default"},
+    }  # fmt: skip
+    if "mlp_bias" in kind.used:
+        theirs |= {"attention_bias": config.bias, "mlp_bias": config.bias}
+    if "sliding_window" in kind.used:
+        theirs["sliding_window"] = config.window
+    if "use_sliding_window" in kind.used:
+        theirs["use_sliding_window"] = False
+    return theirs
 
 
 def config_from_json(raw: Mapping[str, Any], where: Path) -> tuple[ModelConfig, str]:
@@ -171,13 +140,14 @@ def config_from_json(raw: Mapping[str, Any], where: Path) -> tuple[ModelConfig, 
     own = _own_config(raw[OWN], where) if OWN in raw else None
     if architecture == OWN and own is not None:
         return own, OWN
-    if not isinstance(architecture, str) or architecture not in _USED:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UserError(
-            f"{where}: model_type is {architecture!r}, expected gpt2, llama or gptopt; "
-            f"other architectures are not supported"
+            f"{where}: model_type is {architecture!r}, expected one of "
+            f"{', '.join(ARCHITECTURES)}, {OWN}; other architectures are not supported"
         )
-    _refuse_other_maths(raw, architecture, where)
-    theirs = _read_gpt2(raw, where) if architecture == "gpt2" else _read_llama(raw, where)
+    kind = ARCHITECTURES[architecture]
+    _refuse_other_maths(raw, kind, where)
+    theirs = (_read_gpt2 if kind.keys == "gpt2" else _read_llama)(raw, kind, where)
     if own is None:
         return theirs, architecture
     stated, implied = _their_keys(theirs, architecture), _their_keys(own, architecture)
@@ -209,15 +179,15 @@ def _model_config(values: dict[str, Any], where: Path) -> ModelConfig:
         raise UserError(f"{where}: {found}{first['msg']}") from None
 
 
-def _refuse_other_maths(raw: Mapping[str, Any], architecture: str, where: Path) -> None:
-    must_be = _MUST_BE[""] | _MUST_BE[architecture]
+def _refuse_other_maths(raw: Mapping[str, Any], kind: Architecture, where: Path) -> None:
+    must_be = _MUST_BE | dict(kind.must_be)
     for key, allowed in must_be.items():
         if key in raw and raw[key] not in allowed:
             raise UserError(
                 f"{where}: {key}={raw[key]!r} changes what the model computes and is not "
                 f"supported; expected {allowed[0]!r}"
             )
-    known = must_be.keys() | _USED[architecture] | _HARMLESS
+    known = must_be.keys() | kind.used | _HARMLESS
     unknown = sorted(
         key
         for key, value in raw.items()
@@ -227,22 +197,21 @@ def _refuse_other_maths(raw: Mapping[str, Any], architecture: str, where: Path) 
     )
     if unknown:
         # transformers' own model of this type reads none of them.
-        logger.warning(
-            "%s: keys not known for %s are ignored: %s", where, architecture, unknown[:10]
-        )
+        logger.warning("%s: keys not known for %s are ignored: %s", where, kind.name, unknown[:10])
 
 
-def _activation(raw: Mapping[str, Any], key: str, default: str, kind: str, where: Path) -> str:
-    name = raw.get(key, default)
-    if not isinstance(name, str) or name not in _ACTIVATIONS[kind]:
+def _activation(raw: Mapping[str, Any], key: str, kind: Architecture, where: Path) -> str:
+    name = raw.get(key, next(iter(kind.activations)))
+    if not isinstance(name, str) or name not in kind.activations:
         raise UserError(
-            f"{where}: {key}={name!r} is not supported; expected one of {list(_ACTIVATIONS[kind])}"
+            f"{where}: {key}={name!r} is not supported; expected one of {list(kind.activations)}"
         )
-    return _ACTIVATIONS[kind][name]
+    return kind.activations[name]
 
 
-def _read_gpt2(raw: Mapping[str, Any], where: Path) -> ModelConfig:
+def _read_gpt2(raw: Mapping[str, Any], kind: Architecture, where: Path) -> ModelConfig:
     """Missing keys mean what they mean to transformers."""
+    raw = kind.defaults | dict(raw)
     dropouts = [raw.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
     if len(set(dropouts)) > 1:
         logger.warning(
@@ -250,10 +219,10 @@ def _read_gpt2(raw: Mapping[str, Any], where: Path) -> ModelConfig:
         )
     return _model_config(
         {
-            "n_layer": raw.get("n_layer", 12), "n_head": raw.get("n_head", 12),
-            "n_embd": raw.get("n_embd", 768), "n_inner": raw.get("n_inner"),
-            "block_size": raw.get("n_positions", 1024), "vocab_size": raw.get("vocab_size", 50257),
-            "activation": _activation(raw, "activation_function", "gelu_new", "gpt2", where),
+            "n_layer": raw["n_layer"], "n_head": raw["n_head"], "n_embd": raw["n_embd"],
+            "n_inner": raw.get("n_inner"), "block_size": raw["n_positions"],
+            "vocab_size": raw["vocab_size"],
+            "activation": _activation(raw, "activation_function", kind, where),
             "norm_eps": raw.get("layer_norm_epsilon", 1e-5), "dropout": dropouts[0],
             "tie_head": raw.get("tie_word_embeddings", True), "position": "learned",
         },
@@ -261,31 +230,52 @@ def _read_gpt2(raw: Mapping[str, Any], where: Path) -> ModelConfig:
     )  # fmt: skip
 
 
-def _read_llama(raw: Mapping[str, Any], where: Path) -> ModelConfig:
+def _read_llama(raw: Mapping[str, Any], kind: Architecture, where: Path) -> ModelConfig:
     """Missing keys mean what they mean to transformers."""
+    raw = kind.defaults | dict(raw)
     bias = raw.get("attention_bias", False)
     if raw.get("mlp_bias", False) != bias:
         raise UserError(
             f"{where}: attention_bias={bias} and mlp_bias={not bias} are not supported; "
             f"expected both or none"
         )
-    if raw.get("attention_dropout"):
-        logger.warning("%s: attention_dropout is not used; set dropout to train with it", where)
+    for key in ("attention_dropout", "resid_pdrop", "embd_pdrop"):
+        if key in kind.used and raw.get(key):
+            logger.warning("%s: %s is not used; set dropout to train with it", where, key)
+    qkv_bias = True if kind.expresses["biased_qkv"] == {True} else None
     return _model_config(
         {
-            "n_layer": raw.get("num_hidden_layers", 32),
-            "n_head": raw.get("num_attention_heads", 32),
-            "n_kv_head": raw.get("num_key_value_heads"), "head_dim": raw.get("head_dim"),
-            "n_embd": raw.get("hidden_size", 4096), "n_inner": raw.get("intermediate_size", 11008),
-            "block_size": raw.get("max_position_embeddings", 2048),
-            "vocab_size": raw.get("vocab_size", 32000), "bias": bias,
-            "activation": _activation(raw, "hidden_act", "silu", "llama", where),
-            "norm": "rmsnorm", "norm_eps": raw.get("rms_norm_eps", 1e-6), "position": "rotary",
-            "rotary_base": _rope_theta(raw, where),
-            "tie_head": raw.get("tie_word_embeddings", False),
+            "n_layer": raw["num_hidden_layers"], "n_head": raw["num_attention_heads"],
+            "n_kv_head": raw["num_key_value_heads"], "head_dim": raw["head_dim"],
+            "n_embd": raw["hidden_size"], "n_inner": raw["intermediate_size"],
+            "block_size": raw["max_position_embeddings"], "vocab_size": raw["vocab_size"],
+            "bias": bias, "qkv_bias": qkv_bias, "qk_norm": kind.expresses["qk_norm"] == {True},
+            "activation": _activation(raw, "hidden_act", kind, where), "norm": "rmsnorm",
+            "norm_eps": raw["rms_norm_eps"], "position": "rotary",
+            "rotary_base": _rope_theta(raw, where), "tie_head": raw["tie_word_embeddings"],
+            "window": _window(raw, kind, where),
         },
         where,
     )  # fmt: skip
+
+
+def _window(raw: Mapping[str, Any], kind: Architecture, where: Path) -> Any:
+    """The sliding window of all layers; some architectures could give each layer its own."""
+    if "sliding_window" not in kind.used:
+        return None
+    if "use_sliding_window" not in kind.used:
+        return raw["sliding_window"]
+    layers = raw["num_hidden_layers"]
+    types = raw.get("layer_types")
+    if types is None and raw.get("use_sliding_window") and isinstance(layers, int):
+        first = raw.get("max_window_layers", 28)
+        types = ["full_attention" if at < first else "sliding_attention" for at in range(layers)]
+    if types and any(each != "full_attention" for each in types):
+        raise UserError(
+            f"{where}: use_sliding_window: layers with a window in a {kind.name} are not "
+            f"supported; expected full attention in all"
+        )
+    return None
 
 
 def _rope_theta(raw: Mapping[str, Any], where: Path) -> Any:

@@ -1,6 +1,5 @@
-"""Weights: Hugging Face's names and layouts for gpt2 and llama models, both ways."""
+"""Weights: Hugging Face's names and layouts for the architectures that we have, both ways."""
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
@@ -8,59 +7,44 @@ import torch
 from torch import Tensor
 
 from gptopt.config import ModelConfig
+from gptopt.hf.architectures import ARCHITECTURES, Architecture
 from gptopt.hf.config import OWN
 
 
 class Weight(NamedTuple):
-    """One of our weights and where it stands in a file: the parts are joined along the rows."""
+    """Weights of ours and where they stand in a file: the same rows, cut in another way."""
 
-    own: str
+    owns: tuple[str, ...]
+    own_rows: tuple[int, ...]  # rows of each of ours
     parts: tuple[str, ...]
     rows: tuple[int, ...]  # rows of each part
     transposed: bool  # the file holds (in, out), as gpt2's Conv1D does
 
     def shapes(self, shape: torch.Size) -> list[tuple[int, ...]]:
-        """Shapes of the parts in the file, where our weight has `shape`."""
+        """Shapes of the parts in the file, where our (first) weight has `shape`."""
         rest = tuple(shape[1:])
         return [(*rest, rows) if self.transposed else (rows, *rest) for rows in self.rows]
 
-    def join(self, tensors: list[Tensor]) -> Tensor:
-        """Our weight from its parts."""
+    def join(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """Our weights from the file's parts."""
         joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-        return joined.t().contiguous() if self.transposed else joined
+        joined = joined.t().contiguous() if self.transposed else joined
+        return _cut(joined, self.owns, self.own_rows)
 
-    def split(self, tensor: Tensor) -> dict[str, Tensor]:
-        """The parts of our weight under their names in the file."""
-        pieces = torch.split(tensor, list(self.rows))
-        return {
-            name: (piece.t() if self.transposed else piece).contiguous()
-            for name, piece in zip(self.parts, pieces, strict=True)
-        }
+    def split(self, tensors: list[Tensor]) -> dict[str, Tensor]:
+        """The file's parts from our weights."""
+        joined = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        pieces = _cut(joined, self.parts, self.rows)
+        if not self.transposed:
+            return pieces
+        return {name: piece.t().contiguous() for name, piece in pieces.items()}
 
 
-# Our module -> theirs. Beside a block's modules stand those of the model.
-_MODULES: dict[str, dict[str, tuple[str, ...]]] = {
-    "gpt2": {
-        "wte": ("wte",), "wpe": ("wpe",), "norm": ("ln_f",), "head": ("lm_head",),
-        "norm_1": ("ln_1",), "norm_2": ("ln_2",),
-        "attn.qkv": ("attn.c_attn",), "attn.proj": ("attn.c_proj",),
-        "ffn.up": ("mlp.c_fc",), "ffn.down": ("mlp.c_proj",),
-    },
-    "llama": {
-        "wte": ("embed_tokens",), "norm": ("norm",), "head": ("lm_head",),
-        "norm_1": ("input_layernorm",), "norm_2": ("post_attention_layernorm",),
-        "attn.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "attn.proj": ("self_attn.o_proj",),
-        # Theirs is named after the gate that is activated; our `up` is the activated one.
-        "ffn.up": ("mlp.gate_proj",), "ffn.gate": ("mlp.up_proj",), "ffn.down": ("mlp.down_proj",),
-    },
-}  # fmt: skip
-_BLOCKS = {"gpt2": "h", "llama": "layers"}
-_PREFIXES = {"gpt2": "transformer.", "llama": "model."}
-_BUFFERS = {
-    "gpt2": re.compile(r"h\.\d+\.attn\.(bias|masked_bias)"),
-    "llama": re.compile(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq"),
-}
+def _cut(tensor: Tensor, names: tuple[str, ...], rows: tuple[int, ...]) -> dict[str, Tensor]:
+    pieces = torch.split(tensor, list(rows))
+    return {name: piece.contiguous() for name, piece in zip(names, pieces, strict=True)}
+
+
 HEAD = "lm_head.weight"
 
 
@@ -71,28 +55,52 @@ def weights(
 
     Names are without the prefix ("transformer.", "model.") that `stored_name` adds.
     """
-    return [_weight(config, architecture, own, shape[0]) for own, shape in shapes.items()]
-
-
-def _weight(config: ModelConfig, architecture: str, own: str, rows: int) -> Weight:
     if architecture == OWN:
-        return Weight(own, (own,), (rows,), False)
-    module, kind = own.rsplit(".", 1)
-    place = ""
-    if module.startswith("blocks."):
-        _, index, module = module.split(".", 2)
-        place = f"{_BLOCKS[architecture]}.{index}."
-    parts = tuple(f"{place}{name}.{kind}" for name in _MODULES[architecture][module])
+        return [
+            Weight((own,), (shape[0],), (own,), (shape[0],), False) for own, shape in shapes.items()
+        ]
+    kind = ARCHITECTURES[architecture]
+    shared = {ours: names for names in kind.modules for ours in names.split("+")}
+    found = []
+    for own in shapes:
+        place, module, leaf = _address(own)
+        together = shared[module].split("+")
+        if module != together[0]:
+            continue  # with the first of those that share a tensor
+        owns = tuple(f"{place}{each}.{leaf}" for each in together)
+        rows = tuple(shapes[each][0] for each in owns)
+        found.append(_weight(config, kind, own, owns, rows))
+    return found
+
+
+def _address(own: str) -> tuple[str, str, str]:
+    """(place of the block with a dot at its end, module within it, "weight" or "bias")."""
+    module, leaf = own.rsplit(".", 1)
+    if not module.startswith("blocks."):
+        return "", module, leaf
+    _, index, module = module.split(".", 2)
+    return f"blocks.{index}.", module, leaf
+
+
+def _weight(
+    config: ModelConfig, kind: Architecture, own: str, owns: tuple[str, ...], rows: tuple[int, ...]
+) -> Weight:
+    place, module, leaf = _address(own)
+    stored_place = place.replace("blocks", kind.blocks, 1)
+    names = kind.modules["+".join(_address(each)[1] for each in owns)]
+    parts = tuple(f"{stored_place}{name}.{leaf}" for name in names)
     if len(parts) == 3:
         H, K, D = config.n_head, config.kv_heads, config.head_size
-        return Weight(own, parts, (H * D, K * D, K * D), False)
-    conv1d = architecture == "gpt2" and bool(place) and kind == "weight" and "norm" not in module
-    return Weight(own, parts, (rows,), conv1d)
+        return Weight(owns, rows, parts, (H * D, K * D, K * D), False)
+    conv1d = kind.keys == "gpt2" and bool(place) and leaf == "weight" and "norm" not in module
+    return Weight(owns, rows, parts, (sum(rows),), conv1d)
 
 
 def stored_name(architecture: str, name: str) -> str:
     """The name that transformers writes for one of `weights`."""
-    return name if architecture == OWN or name == HEAD else _PREFIXES[architecture] + name
+    if architecture == OWN or name == HEAD:
+        return name
+    return ARCHITECTURES[architecture].prefix + name
 
 
 def plain_names(architecture: str, stored: Iterable[str]) -> dict[str, str]:
@@ -102,9 +110,10 @@ def plain_names(architecture: str, stored: Iterable[str]) -> dict[str, str]:
     """
     if architecture == OWN:
         return {name: name for name in stored}
+    kind = ARCHITECTURES[architecture]
     plain: dict[str, str] = {}
     for name in stored:
-        short = name.removeprefix(_PREFIXES[architecture])
-        if not _BUFFERS[architecture].fullmatch(short):
+        short = name.removeprefix(kind.prefix)
+        if not kind.buffers.fullmatch(short):
             plain[name if short in plain else short] = name
     return plain

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gptopt.config import ModelConfig
 from gptopt.kernels import attention, attention_decode, ffn, layernorm, rotary
+from gptopt.model.lora import LowRank, adapted
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Shared(NamedTuple):
     sin: Tensor | None
     alibi_slopes: Tensor | None  # (H,) fp32
     lengths: Tensor | None = None  # (B,) int tokens in each row of a StaticCache, if past is one
+    lora_seed: Tensor | None = None  # () int64, while LoRA's dropout is at work
 
 
 def is_plain(layer: nn.Module) -> bool:
@@ -99,8 +101,10 @@ class Attention(nn.Module):
         self.interleaved = config.rotary_interleaved
         self.dropout = config.dropout
         self.impl = impl
-        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.bias)
+        self.qkv = nn.Linear(config.n_embd, sum(self.widths), bias=config.biased_qkv)
         self.proj = nn.Linear(H * D, config.n_embd, bias=config.bias)
+        self.qkv_lora: LowRank | None = None  # set by gptopt.lora, as those of the ffn are
+        self.proj_lora: LowRank | None = None
         head_norm = partial(Norm, D, kind="rmsnorm", bias=False, eps=config.norm_eps, impl=impl)
         self.q_norm = head_norm() if config.qk_norm else None
         self.k_norm = head_norm() if config.qk_norm else None
@@ -110,7 +114,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Cache]:
         """x (B, T, C) -> the branch (B, T, C), and the keys and values of all S tokens."""
         B, T, _ = x.shape
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)
+        qkv = adapted(self.qkv, self.qkv_lora, x, shared.lora_seed)
+        q, k, v = qkv.split(self.widths, dim=-1)
         q = q.view(B, T, self.n_head, self.head_dim)
         k = k.view(B, T, self.n_kv_head, self.head_dim)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -137,7 +142,7 @@ class Attention(nn.Module):
                 need_lse=False, impl=self.impl,
             )  # fmt: skip
         out = out.transpose(1, 2).reshape(B, T, self.widths[0])
-        return self.proj(out), present
+        return adapted(self.proj, self.proj_lora, out, shared.lora_seed), present
 
 
 class FeedForward(nn.Module):
@@ -154,32 +159,42 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(C, width, bias=bias)
         self.gate = nn.Linear(C, width, bias=bias) if config.gated else None
         self.down = nn.Linear(width, C, bias=bias)
+        self.up_lora: LowRank | None = None
+        self.gate_lora: LowRank | None = None
+        self.down_lora: LowRank | None = None
         self._told = False
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lora_seed: Tensor | None = None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         gate = self.gate
         if not is_plain(self.up) or not (gate is None or is_plain(gate)):
-            return self.down(self._composed(x))  # type: ignore[no-any-return]
-        hidden = ffn(
-            x, self.up.weight, self.up.bias,
-            activation=self.activation,
-            gate_weight=None if gate is None else gate.weight,
-            gate_bias=None if gate is None else gate.bias,
-            impl=self.impl,
-        )  # (B, T, F)  # fmt: skip
-        return self.down(hidden)  # type: ignore[no-any-return]
+            self._tell("a layer is wrapped or carries hooks, so it is called as it is")
+            hidden = self._composed(x, lora_seed)
+        elif self.gate_lora is not None:
+            self._tell("LoRA is on the gate, where the operator takes no addend")
+            hidden = self._composed(x, lora_seed)
+        else:
+            hidden = ffn(
+                x, self.up.weight, self.up.bias,
+                activation=self.activation,
+                gate_weight=None if gate is None else gate.weight,
+                gate_bias=None if gate is None else gate.bias,
+                addend=None if self.up_lora is None else self.up_lora(x, lora_seed),
+                impl=self.impl,
+            )  # (B, T, F)  # fmt: skip
+        return adapted(self.down, self.down_lora, hidden, lora_seed)
 
-    def _composed(self, x: Tensor) -> Tensor:
+    def _composed(self, x: Tensor, lora_seed: Tensor | None) -> Tensor:
         """The same function through the layers themselves, whatever a user made of them."""
+        hidden = _ACTIVATIONS[self.activation](adapted(self.up, self.up_lora, x, lora_seed))
+        if self.gate is None:
+            return hidden
+        return hidden * adapted(self.gate, self.gate_lora, x, lora_seed)
+
+    def _tell(self, reason: str) -> None:
         if not self._told and not torch.compiler.is_compiling():
             self._told = True
-            logger.warning(
-                "ffn: a layer is wrapped or carries hooks, so it is called as it is, "
-                "without the fused operator"
-            )
-        hidden = _ACTIVATIONS[self.activation](self.up(x))
-        return hidden if self.gate is None else hidden * self.gate(x)
+            logger.warning("ffn: %s, without the fused operator", reason)
 
 
 class Block(nn.Module):
@@ -221,14 +236,14 @@ class Block(nn.Module):
         if self.post:
             y, present = self.attn(x, shared, past, seeds[1])
             x, _ = self.norm_1(y, x, p, seeds[2])
-            x, _ = self.norm_2(self.ffn(x), x, p, seeds[3])
+            x, _ = self.norm_2(self.ffn(x, shared.lora_seed), x, p, seeds[3])
             return x, None, present
         y, residual = self.norm_1(x, residual, p, seeds[0])
         y, present = self.attn(y, shared, past, seeds[1])
         if self.norm_1_out is not None:
             y, _ = self.norm_1_out(y)
         y, residual = self.norm_2(y, residual, p, seeds[2])
-        y = self.ffn(y)
+        y = self.ffn(y, shared.lora_seed)
         if self.norm_2_out is not None:
             y, _ = self.norm_2_out(y)
         return y, residual, present

@@ -17,6 +17,15 @@ SHAPES = {
         "attention_bias": True, "mlp_bias": True, "hidden_act": "gelu",
         "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
     },
+    "mistral_window": {"num_key_value_heads": 2, "sliding_window": 7},
+    "mistral_whole": {"num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 12},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0, "sliding_window": 9},
+}  # fmt: skip
+CLASSES = {
+    "llama": "LlamaConfig", "mistral": "MistralConfig", "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config", "phi3": "Phi3Config",
 }  # fmt: skip
 
 
@@ -32,7 +41,7 @@ def make(name):
             bos_token_id=0, eos_token_id=0, **SHAPES[name],
         )  # fmt: skip
     else:
-        config = transformers.LlamaConfig(
+        config = getattr(transformers, CLASSES[name.split("_")[0]])(
             num_hidden_layers=2, num_attention_heads=4, hidden_size=32, intermediate_size=72,
             max_position_embeddings=128, vocab_size=512,
             **{"num_key_value_heads": 4, "head_dim": 8} | SHAPES[name],

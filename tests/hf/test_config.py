@@ -16,6 +16,8 @@ LLAMA = {
     "intermediate_size": 64, "vocab_size": 100,
 }  # fmt: skip
 
+QWEN = LLAMA | {"model_type": "qwen2"}
+
 
 def read(base, **changes):
     return hf.config_from_json(base | changes, WHERE)[0]
@@ -41,9 +43,16 @@ def test_missing_keys_mean_what_they_mean_to_transformers():
 
 
 def test_missing_keys_agree_with_the_installed_transformers():
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import (
+        GPT2Config,
+        LlamaConfig,
+        MistralConfig,
+        Phi3Config,
+        Qwen2Config,
+        Qwen3Config,
+    )
 
-    for cls in (GPT2Config, LlamaConfig):
+    for cls in (GPT2Config, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config):
         full = hf.config_from_json(cls().to_dict() | {"model_type": cls.model_type}, WHERE)[0]
         bare = hf.config_from_json({"model_type": cls.model_type}, WHERE)[0]
         assert full.model_dump(exclude={"head_dim", "n_kv_head"}) == bare.model_dump(
@@ -95,7 +104,11 @@ def test_rotary_base_from_old_and_new_keys(changes, theta):
         (GPT2, {"n_layer": -1}, "n_layer=-1"),
         (GPT2, {"vocab_size": 2**31}, "vocab_size=2147483648"),
         (GPT2, {"vocab_size": None}, "vocab_size"),
-        (GPT2, {"model_type": "mistral"}, "model_type is 'mistral'"),
+        (GPT2, {"model_type": "mamba"}, "model_type is 'mamba'"),
+        (QWEN, {"use_sliding_window": True, "max_window_layers": 1}, "use_sliding_window"),
+        (QWEN, {"layer_types": ["sliding_attention"] * 2}, "use_sliding_window"),
+        (QWEN, {"model_type": "qwen3", "attention_bias": True}, "attention_bias=True"),
+        (LLAMA, {"model_type": "phi3", "rope_scaling": {"type": "longrope"}}, "rope_scaling="),
         ({}, {}, "model_type is None"),
     ],
 )  # fmt: skip
@@ -141,10 +154,34 @@ def test_presets_go_there_and_back(name):
             assert getattr(theirs, key) == getattr(config, key)
 
 
+@pytest.mark.parametrize(
+    ("options", "architecture"),
+    [
+        ({}, "llama"), ({"bias": True}, "llama"), ({"window": 4}, "mistral"),
+        ({"qkv_bias": True}, "qwen2"), ({"qk_norm": True}, "qwen3"),
+        ({"qk_norm": True, "qkv_bias": True}, "gptopt"),
+        ({"qk_norm": True, "bias": True}, "gptopt"),
+        ({"bias": True, "qkv_bias": False}, "gptopt"), ({"window": 4, "bias": True}, "gptopt"),
+    ],
+)  # fmt: skip
+def test_a_model_is_written_as_the_first_architecture_that_expresses_it(options, architecture):
+    base = {"norm": "rmsnorm", "position": "rotary", "activation": "swiglu", "bias": False}
+    config = ModelConfig(**base | options, vocab_size=64, n_kv_head=4)
+    values = hf.config_to_json(config)
+    assert values["model_type"] == architecture
+    assert hf.config_from_json(values, WHERE) == (config, architecture)
+    if architecture != "gptopt":
+        del values["gptopt"]
+        theirs = hf.config_from_json(values, WHERE)[0]
+        assert (theirs.window, theirs.biased_qkv, theirs.qk_norm) == (
+            config.window, config.biased_qkv, config.qk_norm,
+        )  # fmt: skip
+
+
 def test_obstacles_name_what_an_architecture_cannot_say():
     config = ModelConfig(vocab_size=64, position="alibi", window=4, n_kv_head=4, head_dim=32)
     assert hf.obstacles(config, "gpt2") == [
-        "window=4", "position=alibi", "n_kv_head=4", "head_dim=32",
+        "position=alibi", "window=4", "n_kv_head=4", "head_dim=32",
     ]  # fmt: skip
     assert hf.architecture_of(config) == "gptopt"
     nearest = hf.config_to_json(config, architecture="llama")

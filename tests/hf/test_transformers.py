@@ -12,7 +12,8 @@ from gptopt.checkpoint import load_model, save_model
 
 NAMES = (
     "gpt2", "gpt2_untied_relu", "gpt2_gelu_inner", "llama", "llama_gqa_tied",
-    "llama_mqa_head_dim", "llama_bias_gelu_theta",
+    "llama_mqa_head_dim", "llama_bias_gelu_theta", "mistral_window", "mistral_whole", "qwen2",
+    "qwen3", "phi3",
 )  # fmt: skip
 
 
@@ -119,9 +120,13 @@ def test_they_load_what_we_wrote(theirs, name, tmp_path):
     ours = load_model(folder).model
     save_model(tmp_path, ours, None)
     back = read_by_transformers(tmp_path)
-    assert type(back) is type(model)
+    written_as = {"mistral_whole": "LlamaForCausalLM", "phi3": "MistralForCausalLM"}
+    assert type(back).__name__ == written_as.get(name, type(model).__name__)
     ids = batch()
-    assert torch.equal(back(ids).logits, model(ids).logits)
+    if name == "phi3":  # the same products, of one matrix there and of three here
+        torch.testing.assert_close(back(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+    else:
+        assert torch.equal(back(ids).logits, model(ids).logits)
     again = load_model(tmp_path).model
     assert again.config == ours.config
     for key, tensor in ours.state_dict().items():

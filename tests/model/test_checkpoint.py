@@ -92,7 +92,7 @@ def test_what_transformers_cannot_say_is_said_in_the_card(build, tmp_path):
     assert config["model_type"] == "gptopt"
     assert config["gptopt"]["window"] == 3
     card = (tmp_path / "README.md").read_text()
-    assert "transformers has no architecture for it (window=3, position=alibi)" in card
+    assert "transformers has no architecture for it (position=alibi, window=3)" in card
     assert "blocks.0.attn.qkv.weight" in load_file(tmp_path / "model.safetensors")
 
 

@@ -136,7 +136,9 @@ class TokenizeOptions(DataOptions):
 class LoraOptions(Options):
     """A low-rank adapter, trained in place of the model's own weights."""
 
-    rank: int = Field(0, ge=0, le=MAX_SIZE, description="rank of the adapter (0: train all weights)")
+    rank: int = Field(
+        0, ge=0, le=MAX_SIZE, description="rank of the adapter (0: train all weights)"
+    )
     alpha: float | None = Field(
         None, gt=0, description="the adapter counts alpha / rank times (none: 2 rank)"
     )
@@ -183,7 +185,7 @@ class LoopOptions(Options):
     timeout_seconds: float = Field(
         600.0, gt=0, description="how long ranks wait for each other before the job ends"
     )
-    steps: Size | None = Field(2000, description="optimiser steps in all")
+    steps: int = Field(0, ge=0, description="optimiser steps in all (0: what the epochs take)")
     max_seconds: float | None = Field(
         None, gt=0, description="end the schedule and the run after this much training time"
     )
@@ -243,6 +245,15 @@ class TrainOptions(LoopOptions):
     z_loss: float = Field(0.0, ge=0, description="weight of the z-loss")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     data: DataOptions = Field(default_factory=DataOptions, description="tokenising INPUT")
+
+
+class PlotOptions(Options):
+    """Draw what runs logged into one picture: loss, learning rate, gradients, speed, memory."""
+
+    runs: list[str] = Field(description="run folders")
+    out: str = Field("runs.png", description="picture to write: .png, .svg or .pdf")
+    x: Literal["step", "tokens", "seconds"] = Field("step", description="what runs along the axis")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
 
 class SamplingOptions(Options):
@@ -314,6 +325,11 @@ class ExportOptions(Options):
     calibration: str | None = Field(
         None, description="text file that shows how the model is used, for better quantised weights"
     )
+    held_out: str | None = Field(
+        None,
+        description="text file to measure the files on (none: a quarter of --calibration, which is "
+        "then not calibrated on)",
+    )
     keep_stages: str | None = Field(
         None, description="folder that receives the graph of every stage"
     )
@@ -328,6 +344,9 @@ class ValidateOptions(Options):
     folder: str = Field(description="exported folder")
     model: str = Field(description="the model it was exported from")
     precision: str = Field("all", description="files to prove, comma-separated, or all")
+    held_out: str | None = Field(
+        None, description="text file to measure perplexity, divergence and agreement on"
+    )
     clients: str | None = Field(
         None, description="programs to play the folder in too, comma-separated, or all"
     )

@@ -34,6 +34,7 @@ VERBS = {
     "demo": Verb("gptopt.demo:demo", "DemoOptions", extra="train,export"),
     "tokenize": Verb("gptopt.data:tokenize", "TokenizeOptions", "inputs"),
     "train": Verb("gptopt.training:train", "TrainOptions", "inputs", extra="train"),
+    "plot": Verb("gptopt.training.plot:plot", "PlotOptions", "runs", extra="train"),
     "generate": Verb("gptopt.generate:generate", "GenerateOptions", "model", extra="train"),
     "evaluate": Verb("gptopt.evaluate:evaluate", "EvaluateOptions", "model", extra="train"),
     "export": Verb("gptopt.export.verbs:export", "ExportOptions", "model", extra="train,export"),

@@ -34,6 +34,11 @@ class Group:
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The same for torch; None where this process is alone."""
+        return self._group
+
     def from_first(self, value: T) -> T:
         """Rank 0's value, on every rank."""
         return self.all(value)[0]
@@ -196,8 +201,8 @@ def join_world(options: LoopOptions) -> Iterator[World]:
     launch = launched()
     if launch is None and options.parallel != "auto":
         raise UserError(
-            f"--parallel {options.parallel} needs processes that know of each other; start them with"
-            f" torchrun --no-python --nproc-per-node N gptopt train ..."
+            f"--parallel {options.parallel} needs several processes; start them with torchrun"
+            f" --no-python --nproc-per-node N gptopt train ..."
         )
     if launch is None or (launch.size == 1 and options.parallel != "fsdp"):
         yield World()

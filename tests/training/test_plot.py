@@ -50,12 +50,19 @@ def test_points_stand_where_they_were_logged(options, tmp_path, monkeypatch, axi
     run = make_run(tmp_path / "one", [4.0, 3.0])
     drawn = {}
 
-    class Axes:
+    real = module._draw
+
+    class Spy:
+        def __init__(self, axes):
+            self.axes = axes
+
         def plot(self, places, values, **style):
             drawn[style["label"]] = (places, values)
+            self.axes.plot(places, values, **style)
 
-    real = module._draw
-    monkeypatch.setattr(module, "_draw", lambda axes, *rest, **style: real(Axes(), *rest, **style))
+    monkeypatch.setattr(
+        module, "_draw", lambda axes, *rest, **style: real(Spy(axes), *rest, **style)
+    )
     plot(options(run, x=axis, out="a.png"))
     unit = {"step": 1, "tokens": 64, "seconds": 0.5}[axis]
     assert drawn["one validation"] == ((2 * unit,), (3.5,))

@@ -17,6 +17,8 @@ from typing import Any
 
 from gptopt.errors import CheckFailed, UserError
 
+Entries = dict[str, dict[str, Any]]  # file name -> its bytes and sha256
+
 MANIFEST = "manifest.json"
 _STAGING_PREFIX = ".tmp-"
 _MAX_JSON_BYTES = 2**26  # Python's objects take some ten times as much
@@ -65,16 +67,22 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror}); {_remedy(error)}") from None
 
 
-def write_manifest(folder: Path, kind: str) -> None:
-    """List every file below `folder` in its manifest.json. `kind` says what the folder is."""
-    files = {
-        path.relative_to(folder).as_posix(): {
-            "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
-        }
+def entry_of(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def write_manifest(folder: Path, kind: str, *, known: Entries | None = None) -> None:
+    """List every file below `folder` in its manifest.json. `kind` says what the folder is.
+
+    Files in `known` are not read: those that wrote them said what is in them.
+    """
+    names = [
+        path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
-    }
+    ]
+    files = {name: (known or {}).get(name) or entry_of(folder / name) for name in names}
     write_json(folder / MANIFEST, {"format": 1, "kind": kind, "files": files})
 
 

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from gptopt.errors import CheckFailed, UserError, first_line
 from gptopt.manifest import (
+    Entries,
     remove_stale,
     staged_folder,
     verify_manifest,
@@ -67,8 +68,10 @@ class Checkpoints:
             for name in remove_stale(folder):
                 logger.info("%s: removed, a killed run left it half-written", folder / name)
 
-    def save(self, step: int, write: Callable[[Path], None]) -> Path:
+    def save(self, step: int, write: Callable[[Path], Entries | None]) -> Path:
         """Write a checkpoint through `write(folder)`, then point `latest` at it.
+
+        `write` may return the manifest's entries of files that others wrote and synced.
 
         Raises:
             UserError: it cannot be written; what was there before still stands.
@@ -77,8 +80,7 @@ class Checkpoints:
         try:
             # Only a damaged checkpoint, or this step's own from before a resume, can be in the way.
             with staged_folder(target, force=True) as folder:
-                write(folder)
-                write_manifest(folder, KIND)
+                write_manifest(folder, KIND, known=write(folder))
         except SafetensorError as error:  # what its writer makes of an OSError
             raise UserError(
                 f"{target}: cannot be written ({first_line(error)}); free space, then --resume;"
@@ -100,11 +102,13 @@ class Checkpoints:
             return None
         return self.folder / target if _NAME.fullmatch(target) else None
 
-    def prune(self, keep: int) -> None:
-        """Remove all but `best`, `latest` and the newest `keep` beside the best one."""
+    def prune(self, keep: int, every: int = 0) -> None:
+        """Remove all but `best`, `latest`, the newest `keep` beside them, and each `every` steps'."""
         best, latest = self.pointed("best"), self.pointed("latest")
         found = self.all()
-        kept = {best, latest, *[folder for folder in found if folder != best][-keep:]}
+        for_good = {folder for folder in found if every and step_of(folder) % every == 0}
+        others = [folder for folder in found if folder != best and folder not in for_good]
+        kept = {best, latest, *for_good, *others[-keep:]}
         for folder in found:
             if folder not in kept:
                 # Renamed first: a kill half-way leaves a leftover, not a damaged checkpoint.

@@ -4,7 +4,6 @@ Only JSON and safetensors are ever read; nothing in a folder can run code.
 """
 
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -18,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gptopt import hf, hub
+from gptopt.card import model_card
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError, first_line
+from gptopt.lora import Adapter, is_adapter, load_adapter, put_on
 from gptopt.manifest import read_json, write_json, write_text
 from gptopt.model import GPT
 from gptopt.model.block import Impl
@@ -87,7 +88,7 @@ def save_model(
     )
     write_json(folder / CONFIG, values)
     write_json(folder / GENERATION_CONFIG, {k: v for k, v in ids.items() if v is not None})
-    write_text(folder / CARD, _card(model, architecture, card))
+    write_text(folder / CARD, model_card(model, architecture, card))
     if tokenizer is not None:
         tokenizer.save(folder)
 
@@ -120,8 +121,11 @@ def load_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     kernels: Impl = "auto",
+    adapter: str | Path | None = None,
 ) -> LoadedModel:
     """Open a model folder, a run folder, a Hugging Face folder or hf:org/name[@revision].
+
+    An adapter folder (LoRA) stands for its base with the adapter on it, as it does for PEFT.
 
     Args:
         ref: which model.
@@ -129,11 +133,19 @@ def load_model(
         device: where the weights go.
         dtype: their precision (None: float32, whatever the file holds).
         kernels: which operator bodies run; never read from the folder.
+        adapter: folder or run of an adapter to put on the model.
 
     Raises:
-        UserError: no such model, a malformed file, or weights that do not fit the configuration.
+        UserError: no such model, a malformed file, weights that do not fit the configuration, or an
+            adapter of another model.
     """
     folder = resolve_model(ref, checkpoint)
+    if adapter is not None or is_adapter(folder):
+        found, base = _adapter_and_base(ref, folder, adapter)
+        loaded = load_model(base, kernels=kernels)
+        put_on(loaded.model, found)
+        loaded.model.to(device=device, dtype=dtype or torch.float32)
+        return loaded
     config, architecture = hf.config_from_json(_read_json(folder / CONFIG), folder / CONFIG)
     with _open_weights(folder) as stored:
         if config.n_layer > len(stored):  # before a mistyped number of blocks is built
@@ -147,6 +159,29 @@ def load_model(
     _warn_of_nan(folder, state)
     model.load_state_dict(state, assign=True)
     return LoadedModel(model.eval(), _load_tokenizer(folder, config), folder)
+
+
+def _adapter_and_base(
+    ref: str | Path, folder: Path, adapter: str | Path | None
+) -> tuple[Adapter, Path]:
+    """The adapter that is meant, and the folder of its base."""
+    if adapter is not None:
+        if is_adapter(folder):
+            raise UserError(
+                f"{ref}: is an adapter itself; give its base beside --adapter {adapter}"
+            )
+        place = resolve_model(adapter)
+        if not is_adapter(place):
+            raise UserError(f"--adapter {adapter}: holds a whole model, no adapter")
+        return load_adapter(place), folder
+    found = load_adapter(folder)
+    base = Path(found.base.name)
+    if not found.base.name or not base.is_dir() or is_adapter(base):
+        raise UserError(
+            f"{folder}: its base {found.base.name!r} is not a model folder here; give the base as "
+            f"the model and this folder as --adapter"
+        )
+    return found, resolve_model(base)
 
 
 def resolve_model(ref: str | Path, checkpoint: str = "auto") -> Path:
@@ -167,7 +202,7 @@ def resolve_model(ref: str | Path, checkpoint: str = "auto") -> Path:
         return _checkpoint_of(folder, checkpoint)
     if checkpoint != "auto":
         raise UserError(f"{folder}: is no run folder, so it has no checkpoint {checkpoint!r}")
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).is_file() and not is_adapter(folder):
         raise UserError(f"{folder}: holds neither {CONFIG} nor {CHECKPOINTS}/; is it a model?")
     return folder
 
@@ -345,41 +380,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a regular file")
     return read_json(path)
-
-
-def _card(model: GPT, architecture: str, extra: str | None) -> str:
-    """README.md: what the model is, who can load it, and whatever the caller adds."""
-    config = model.config
-    shape = ", ".join(
-        f"{name} {value}"
-        for name, value in config.model_dump().items()
-        if name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
-    )
-    if architecture == hf.OWN:
-        reasons = min((hf.obstacles(config, name) for name in hf.ARCHITECTURES), key=len)
-        loading = (
-            f"transformers has no architecture for it ({', '.join(reasons)}): it is loaded by "
-            f"`gptopt.load_model` only. Its configuration is config.json, key `gptopt`."
-        )
-        front = "library_name: gptopt"
-    else:
-        loading = (
-            f"It is a `{architecture}` model: `transformers.AutoModelForCausalLM.from_pretrained` "
-            f"loads this folder, and so does `gptopt.load_model`."
-        )
-        front = "library_name: transformers"
-    task = "text-generation" if config.causal else "fill-mask"
-    parts = [
-        f"---\n{front}\npipeline_tag: {task}\ntags:\n- gptopt\n---",
-        f"# A GPT of {_rounded(model.num_parameters())} parameters",
-        f"Made with gptopt: {shape}; {config.norm_position}-{config.norm}, {config.activation}, "
-        f"{config.position} positions.",
-        loading,
-    ]
-    return "\n\n".join([*parts, extra.strip()] if extra else parts) + "\n"
-
-
-def _rounded(count: int) -> str:
-    """A count with three digits and a unit: 124 M."""
-    power = min(int(math.log10(max(count, 1))) // 3, 3)
-    return f"{count / 1000**power:.3g}{('', ' k', ' M', ' G')[power]}"

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gptopt.config import ModelConfig
+from gptopt.config import LoraOptions, ModelConfig
 from gptopt.kernels import StaticCache, cross_entropy, dropout
 from gptopt.model.block import (
     SEEDS_PER_BLOCK,
@@ -63,6 +63,8 @@ class GPT(nn.Module):
         self.logit_softcap = config.logit_softcap
         self.causal = config.causal
         self.dropout = config.dropout
+        self.lora: LoraOptions | None = None  # what gptopt.lora put beside its layers
+        self.lora_dropout = 0.0
         self.post = config.norm_position == "post"
         self._told = False
 
@@ -102,6 +104,11 @@ class GPT(nn.Module):
     def num_parameters(self) -> int:
         """Parameters, each counted once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def drops(self) -> bool:
+        """Whether training this model draws dropout masks."""
+        return self.dropout > 0 or self.lora_dropout > 0
 
     def forward(
         self,
@@ -150,7 +157,8 @@ class GPT(nn.Module):
             if isinstance(past, StaticCache):
                 self._check_static(past, key_mask, doc_ids, use_cache)
         shared, positions = self._shared(ids, key_mask, position_ids, doc_ids, P, lengths)
-        seeds = self._seeds(seed, ids.device)
+        *seeds, lora_seed = self._seeds(seed, ids.device)
+        shared = shared._replace(lora_seed=lora_seed)
 
         x = self._embed(ids, positions, seeds[0])
         residual: Tensor | None = None
@@ -254,14 +262,21 @@ class GPT(nn.Module):
         return self.dropout if seeds[0] is not None else 0.0
 
     def _seeds(self, seed: Tensor | None, device: torch.device) -> tuple[Tensor | None, ...]:
-        """A seed of its own for every use of dropout, or None for each where there is none."""
+        """A seed of its own for every use of dropout, None where there is none; the last is LoRA's.
+
+        LoRA's modules count on from theirs.
+        """
         count = SEEDS_PER_BLOCK * self.n_layer + 1
-        if not self.training or self.dropout == 0.0:
-            return (None,) * count
+        if not self.training or not self.drops:
+            return (None,) * (count + 1)
         if seed is None:
             seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64)
-        numbers = torch.arange(count, device=device)
-        return (seed.to(device, non_blocking=True) + numbers).unbind()
+        numbers = torch.arange(count + 1, device=device)
+        *own, lora = (seed.to(device, non_blocking=True) + numbers).unbind()
+        return (
+            *(own if self.dropout else (None,) * count),
+            lora if self.lora_dropout else None,
+        )
 
     def _check_inputs(
         self,

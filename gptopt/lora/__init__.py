@@ -1,0 +1,29 @@
+"""LoRA from end to end: put on a model, trained, kept in PEFT's layout, put on again or merged.
+
+The layers themselves are gptopt.model.lora; nothing here knows of training or of export.
+"""
+
+from gptopt.lora.folder import (
+    Adapter,
+    Base,
+    base_of,
+    is_adapter,
+    load_adapter,
+    put_on,
+    save_adapter,
+)
+from gptopt.lora.layers import apply_lora, lora_parameters, merge_lora, names_of_layers
+
+__all__ = [
+    "Adapter",
+    "Base",
+    "apply_lora",
+    "base_of",
+    "is_adapter",
+    "load_adapter",
+    "lora_parameters",
+    "merge_lora",
+    "names_of_layers",
+    "put_on",
+    "save_adapter",
+]

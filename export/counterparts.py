@@ -7,6 +7,7 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from gptopt.export.graphs import MICROSOFT, constant_of
+from gptopt.export.lookups import lookup_table
 from gptopt.export.steps import Key
 
 LENGTHS = ("last tokens", "total length")
@@ -50,7 +51,7 @@ def checks_of(node: ir.Node) -> Iterator[Check]:
     kind, inputs, outputs = node.op_type, list(node.inputs), list(node.outputs)
     if kind in _PRODUCTS:
         yield from _product(node)
-    elif kind in _LOOKUPS and (name := parameter_of(inputs[0])):
+    elif name := lookup_table(node) or _looked_up(node):
         yield Check(outputs[0], ("look-up", name), node)
     elif kind == "Add":
         for value, other in (inputs, inputs[::-1]):
@@ -68,6 +69,13 @@ def checks_of(node: ir.Node) -> Iterator[Check]:
             yield Check(outputs[0], ("activation", name), node)
     elif kind in ("Attention", "GroupQueryAttention"):
         yield from _attention(node)
+
+
+def _looked_up(node: ir.Node) -> str:
+    """The parameter whose rows a node takes; codes that are yet to be unpacked are none."""
+    rows = node.inputs[0] if node.op_type in _LOOKUPS else None
+    codes = node.op_type == "Gather" and rows is not None and rows.dtype == ir.DataType.UINT8
+    return "" if codes else parameter_of(rows)
 
 
 def _product(node: ir.Node) -> Iterator[Check]:

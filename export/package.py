@@ -19,6 +19,7 @@ from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import model_card
 from gptopt.export.folder import GraphFile, write_configs
+from gptopt.export.lookups import unfold_lookups
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.precisions import PRECISIONS, Precision
@@ -167,6 +168,8 @@ class _Maker:
         file = GraphFile(precision.name, target.facts(path, dtype), external)
         logger.info("%s: %d nodes, now the proof", path, graph.graph.num_nodes())
         proof = prove(self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts)
+            if target.lookups == "primitives":
+                unfold_lookups(graph)
         build.done("prove")
         return Variant(file, _facts(graph, target), proof, build.notes, build.seconds)
 

@@ -28,7 +28,9 @@ class Target:
         rules: fusions that follow, names of gptopt.export.rules.
         precisions: what `--precision` may ask for.
         provider: onnxruntime's name of the provider whose kernels must cover every node.
-        cache: "shared": a runtime may bind one buffer as past and present, longer than the text.
+        lookups: whether rows of quantised tables come from com.microsoft.GatherBlockQuantized.
+        cache: "shared": a runtime may bind one buffer as past and present, longer than the text;
+            "static": it must.
         padding: "right": the cache holds no padding, a row's next token overwrites it, so prompts
             may be padded on the right only. "any": padding stays where it is and is masked.
     """
@@ -42,7 +44,8 @@ class Target:
     rules: tuple[str, ...] = ()
     precisions: tuple[str, ...]
     provider: str = "CPUExecutionProvider"
-    cache: Literal["shared", "growing"] = "growing"
+    lookups: Literal["microsoft", "primitives"] = "microsoft"
+    cache: Literal["shared", "static", "growing"] = "growing"
     padding: Literal["any", "right"] = "any"
 
     def facts(self, file: str, cache_dtype: str = "float32") -> EdgeFile:
@@ -74,7 +77,9 @@ ORT_CPU = replace(
 ORT_CUDA = replace(
     ORT_CPU, name="ort-cuda", provider="CUDAExecutionProvider", precisions=("fp16", "q4f16")
 )
-WEB = replace(PORTABLE, name="web", precisions=("fp32", "fp16", "q8", "q4", "q4f16"))
+WEB = replace(
+    PORTABLE, name="web", lookups="primitives", precisions=("fp32", "fp16", "q8", "q4", "q4f16")
+)
 STANDARD = Target(
     name="standard", opset=23, attention="standard", operators="standard", precisions=_FLOAT
 )

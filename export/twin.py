@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptopt.export.graphs import MICROSOFT, int_of, nodes_of
+from gptopt.export.lookups import lookups
 from gptopt.kernels.attention import reference
 from gptopt.kernels.quantization import (
     Blocks,
@@ -92,6 +93,12 @@ def held_by(path: Path) -> Held:
         name, held_rows = _matrix(node, [rows, *rest], None, "block_size")
         held.tables[name] = held_rows
         held.bits.setdefault(name, int_of(node, "bits", 4))
+    for _, name, bits, block in lookups(model):
+        codes, scales, zeros = (
+            model.graph.initializers.get(f"{name}.{part}") for part in ("rows", "scales", "zeros")
+        )
+        held.tables[name] = _unpacked((codes, scales, zeros), bits, block, None)
+        held.bits.setdefault(name, bits)
     return held
 
 
@@ -116,6 +123,12 @@ def strangest(model: nn.Module, held: Held) -> tuple[str, float, float] | None:
 def _matrix(node: ir.Node, inputs: Any, columns: int | None, block_name: str) -> tuple[str, Tensor]:
     """(parameter, matrix (N, K)) of codes, scales and zero points."""
     bits, block = int_of(node, "bits", 4), int_of(node, block_name, 32)
+    return _parameter(inputs[0]), _unpacked(inputs, bits, block, columns)
+
+
+def _unpacked(
+    inputs: Sequence[ir.Value | None], bits: int, block: int, columns: int | None
+) -> Tensor:
     codes, scales, *zeros = inputs
     packed = _tensor(codes)
     groups = packed.numel() // packed.shape[0] // (block * bits // 8)
@@ -127,7 +140,7 @@ def _matrix(node: ir.Node, inputs: Any, columns: int | None, block_name: str) ->
         ),
         bits=bits, block=block, columns=columns or groups * block,
     )  # fmt: skip
-    return _parameter(codes), dequantize(blocks)
+    return dequantize(blocks)
 
 
 def _parameter(value: ir.Value | None) -> str:

@@ -120,6 +120,7 @@ class DataOptions(Options):
     kind: Literal["bpe", "char", "word"] = Field("bpe", description="kind of tokenizer to train")
     vocab_size: Size = Field(8192, description="largest vocabulary that bpe and word may learn")
     tokenizer: str | None = Field(None, description="folder or tokenizer.json to use as it is")
+    mask_token: bool = Field(False, description="give a new vocabulary a <mask> token")
     val_fraction: Fraction = Field(0.1, description="share held out for validation")
     text_field: str = Field("text", description="field that holds the text in jsonl and parquet")
 
@@ -289,7 +290,12 @@ class EvaluateOptions(Options):
     """Loss and perplexity of a model, or of an exported folder, on text."""
 
     model: str = Field(description="model, run, Hugging Face or exported folder, or hf:org/name")
-    data: list[str] = Field(description="a data folder, or text, jsonl or parquet")
+    data: list[str] = Field(
+        default_factory=list, description="a data folder, or text, jsonl or parquet"
+    )
+    choices: str | None = Field(
+        None, description="instead: jsonl of questions, each with prompt, choices and answer"
+    )
     split: Literal["auto", "train", "val"] = Field(
         "auto", description="part of a data folder (auto: val where there is one)"
     )
@@ -303,6 +309,12 @@ class EvaluateOptions(Options):
     )
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
+    @model_validator(mode="after")
+    def _one_task(self) -> Self:
+        if bool(self.data) == bool(self.choices):
+            raise ValueError("give the text to score with --data, or questions with --choices")
+        return self
+
 
 class ExportOptions(Options):
     """Export a model to ONNX, prove the export, and write the folder only if the proof holds."""
@@ -312,7 +324,7 @@ class ExportOptions(Options):
     target: str = Field(
         "portable",
         description="what the graphs are made for, comma-separated: portable, ort-cpu, ort-cuda, "
-        "web, standard, legacy",
+        "web, standard, standard-growing, legacy",
     )
     precision: str = Field(
         "fp32",

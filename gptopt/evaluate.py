@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from gptopt.choices import evaluate_choices
 from gptopt.config import DataOptions, EvaluateOptions
 from gptopt.data import open_dataset
 from gptopt.errors import CheckFailed, UserError
@@ -155,7 +156,7 @@ def _tokens_of(split: "TokenSplit", max_tokens: int = 0) -> int:
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Loss and perplexity of a model or an exported folder.
+    """Loss and perplexity of a model or an exported folder; or gptopt.choices' accuracy.
 
     Returns:
         val_loss (nats per token), perplexity (null above e^700), tokens (predicted),
@@ -166,6 +167,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         UserError: the model or the data cannot be used, or do not belong together.
         CheckFailed: the loss is not finite, or an exported folder was changed.
     """
+    if options.choices is not None:
+        return evaluate_choices(options)
     score, tokenizer, block_size, where = _open_model(options)
     data = DataOptions(val_fraction=0.0, text_field=options.text_field)
     dataset = open_dataset(options.data, data, tokenizer=tokenizer)

@@ -63,8 +63,8 @@ def evaluate_split(
     Raises:
         UserError: the split holds fewer than two tokens.
     """
-    windows = list(_windows(_tokens_of(split), block_size, batch_size, max_batches))
-    return _mean_loss(torch_scorer(model), split, windows)
+    batches = list(windows(_tokens_of(split), block_size, batch_size, max_batches))
+    return _mean_loss(torch_scorer(model), split, batches)
 
 
 def torch_scorer(model: "nn.Module") -> Scorer:
@@ -96,13 +96,13 @@ def edge_scorer(model: EdgeModel) -> Scorer:
         for begin in range(0, len(inputs), step):
             logits, _ = model.forward(inputs[begin : begin + step])
             flat = logits.reshape(-1, V)
-            total += _negative_log_likelihood(flat, targets[begin : begin + step].ravel())
+            total += negative_log_likelihood(flat, targets[begin : begin + step].ravel())
         return total
 
     return score
 
 
-def _negative_log_likelihood(logits: npt.NDArray[np.float32], targets: Ints) -> float:
+def negative_log_likelihood(logits: npt.NDArray[np.float32], targets: Ints) -> float:
     """Sum over N of -ln softmax(logits (N, V))[targets (N,)], in float64."""
     total = 0.0
     for begin in range(0, len(targets), _POSITIONS_AT_ONCE):
@@ -114,7 +114,7 @@ def _negative_log_likelihood(logits: npt.NDArray[np.float32], targets: Ints) -> 
     return total
 
 
-def _windows(
+def windows(
     tokens: int, block_size: int, batch_size: int, max_batches: int = 0
 ) -> Iterator[tuple[Ints, int]]:
     """(offsets (B,), T) of batches that together predict tokens 1 .. tokens - 1 once each."""
@@ -131,12 +131,12 @@ def _windows(
 
 
 def _mean_loss(
-    score: Scorer, split: "TokenSplit", windows: list[tuple[Ints, int]], *, show: bool = False
+    score: Scorer, split: "TokenSplit", batches: list[tuple[Ints, int]], *, show: bool = False
 ) -> tuple[float, int]:
     total, tokens = 0.0, 0
-    expected = sum(len(offsets) * length for offsets, length in windows)
+    expected = sum(len(offsets) * length for offsets, length in batches)
     with progress(expected, "tokens") as shown:
-        for offsets, length in windows:
+        for offsets, length in batches:
             batch = split.batch(offsets, length)  # (B, T + 1)
             inputs, targets = (np.ascontiguousarray(part) for part in (batch[:, :-1], batch[:, 1:]))
             total += score(inputs, targets)

@@ -7,7 +7,8 @@ bytes, `char` keeps exactly the characters it was trained on. This module import
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ import tokenizers
 
 from gptopt import tokenizer_files as files
 from gptopt.errors import UserError
-from gptopt.tokenizer_training import END_OF_TEXT, Kind, train_backend
+from gptopt.tokenizer_training import END_OF_TEXT, MASK, Kind, train_backend
 
 __all__ = ["END_OF_TEXT", "DecodeStream", "Ids", "Kind", "Tokenizer", "UnknownCharacter"]
 
@@ -62,6 +63,8 @@ class Tokenizer:
     Attributes:
         size: one more than the largest id.
         eos_id, bos_id, pad_id: control ids; bos and pad fall back to eos where there is none.
+        mask_id: stands for a token to guess; None where there is none.
+        control_ids: every id that stands for no text.
         chat_template: Jinja source, or None.
         sha256: hex sha256 of tokenizer.json as it is saved.
     """
@@ -88,6 +91,8 @@ class Tokenizer:
             "bos_token": files.token_name(settings, "bos_token", self._source) or eos,
             "pad_token": files.token_name(settings, "pad_token", self._source) or eos,
         }
+        if (mask := files.token_name(settings, "mask_token", self._source)) is not None:
+            self._control_names["mask_token"] = mask
         for key, name in self._control_names.items():
             if self._backend.token_to_id(name) is None:
                 raise UserError(
@@ -95,8 +100,10 @@ class Tokenizer:
                     f"has as {key} in tokenizer_config.json"
                 )
         self.eos_id, self.bos_id, self.pad_id = (
-            int(self._backend.token_to_id(name)) for name in self._control_names.values()
+            int(self._backend.token_to_id(self._control_names[f"{key}_token"]))
+            for key in ("eos", "bos", "pad")
         )
+        self.mask_id: int | None = None if mask is None else self._backend.token_to_id(mask)
         # Special here even where the file forgot to say so: only special ones are spelled out.
         self._backend.add_special_tokens(
             [
@@ -104,15 +111,24 @@ class Tokenizer:
                 for name in sorted(set(self._control_names.values()))
             ]
         )
-        self._control = frozenset(
-            id_
+        self._control = {
+            id_: token
             for id_, token in self._backend.get_added_tokens_decoder().items()
             if token.special and token.content != unknown
-        )
+        }
 
     @classmethod
-    def train(cls, texts: Iterable[str], *, kind: Kind = "bpe", vocab_size: int = 8192) -> Self:
+    def train(
+        cls,
+        texts: Iterable[str],
+        *,
+        kind: Kind = "bpe",
+        vocab_size: int = 8192,
+        mask_token: bool = False,
+    ) -> Self:
         """Learn a vocabulary of at most `vocab_size` ids from texts, which are read once.
+
+        With `mask_token` there is a `<mask>` among them, for masked language models.
 
         `char` takes every character it sees and ignores `vocab_size`; its ids follow the
         characters' order, the end-of-text token comes last. `bpe` is Sennrich et al. 2016
@@ -121,8 +137,9 @@ class Tokenizer:
         Raises:
             UserError: `vocab_size` cannot hold the 256 bytes and the end-of-text token.
         """
-        backend = train_backend(texts, kind, vocab_size)
-        return cls(files.dump(backend), {}, f"<trained {kind} tokenizer>")
+        backend = train_backend(texts, kind, vocab_size, mask_token=mask_token)
+        settings = {"mask_token": MASK} if mask_token else {}
+        return cls(files.dump(backend), settings, f"<trained {kind} tokenizer>")
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -174,13 +191,37 @@ class Tokenizer:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
             batch = [encoding.ids for encoding in encodings]
         for ids in batch:
-            if not self._control.isdisjoint(ids):
-                token = self._backend.id_to_token(min(self._control.intersection(ids)))
+            if found := self._control.keys() & set(ids):
+                token = self._backend.id_to_token(min(found))
                 raise UserError(
                     f"the text holds the control token {token!r}, which the tokenizer of "
                     f"{self._source} cannot spell as plain text; remove it from the text"
                 )
         return batch
+
+    @property
+    def control_ids(self) -> tuple[int, ...]:
+        """Every id that stands for no text."""
+        return tuple(sorted(self._control))
+
+    def encode_with_control(self, text: str, only: Container[int] | None = None) -> list[int]:
+        """`encode`, but control tokens (or `only` these) are parsed out of the text.
+
+        For text that a program wrote, such as a chat template; never for a user's.
+        """
+        parsed = {
+            token.content: (id_, token)
+            for id_, token in self._control.items()
+            if only is None or id_ in only
+        }
+        ids, end = [], 0
+        if parsed:
+            for match in re.finditer(_any_of([token for _, token in parsed.values()]), text):
+                assert match.lastindex is not None
+                ids += self.encode(text[end : match.start()])
+                ids.append(parsed[match[match.lastindex]][0])
+                end = match.end()
+        return ids + self.encode(text[end:])
 
     def _encode_characters(self, text: str) -> list[int]:
         # The same ids as the library's, many times faster; the library would drop what it lacks.
@@ -225,6 +266,16 @@ class Tokenizer:
             return True
         whole, *parts = ("The cat, 42\n\n  it's here", "The cat,", " 42", "\n\n  it's", " here")
         return self.encode(whole) == [id_ for ids in self.encode_batch(parts) for id_ in ids]
+
+
+def _any_of(tokens: list[Any]) -> str:
+    """A pattern of the tokens with the white space that belongs to them, the longest first."""
+    return "|".join(
+        ("\\s*" if token.lstrip else "")
+        + f"({re.escape(token.content)})"
+        + ("\\s*" if token.rstrip else "")
+        for token in sorted(tokens, key=lambda token: -len(token.content))
+    )
 
 
 class DecodeStream:

@@ -15,13 +15,27 @@ from gptopt.tokenizer_files import EACH_CHARACTER, byte_symbols
 
 Kind = Literal["bpe", "char", "word"]
 END_OF_TEXT = "<|endoftext|>"
+MASK = "<mask>"
 SMALLEST_VOCABULARY = 257  # the bytes and the end-of-text token
 _MIN_FREQUENCY = 2  # what occurs once is not worth an id
 _LONGEST_TOKEN = 64  # bytes: text without spaces would grow tokens without end
 
 
-def train_backend(texts: Iterable[str], kind: Kind, vocab_size: int) -> Any:
+def train_backend(
+    texts: Iterable[str], kind: Kind, vocab_size: int, *, mask_token: bool = False
+) -> Any:
     """A tokenizer of the library's, trained on texts that are read once."""
+    vocab_size -= mask_token
+    backend = _train(texts, kind, vocab_size)
+    if mask_token:
+        # It takes the space before it, as the word does that it stands for; but to a
+        # character-level tokenizer that space is a token of its own.
+        whole = tokenizers.AddedToken(MASK, special=True, normalized=False, lstrip=kind != "char")
+        backend.add_special_tokens([whole])
+    return backend
+
+
+def _train(texts: Iterable[str], kind: Kind, vocab_size: int) -> Any:
     if kind == "char":
         return _train_char(texts)
     if vocab_size < SMALLEST_VOCABULARY:

@@ -1,7 +1,8 @@
 """Text, jsonl and parquet to token shards, and shards to batches whose position can be saved."""
 
+from gptopt.data.masking import IGNORED, Masking
 from gptopt.data.prepare import open_dataset, tokenize
 from gptopt.data.sampler import Sampler
 from gptopt.data.shards import Dataset, TokenSplit
 
-__all__ = ["Dataset", "Sampler", "TokenSplit", "open_dataset", "tokenize"]
+__all__ = ["IGNORED", "Dataset", "Masking", "Sampler", "TokenSplit", "open_dataset", "tokenize"]

@@ -171,6 +171,8 @@ def _check_target(out: Path, corpus: Corpus, options: TokenizeOptions) -> None:
 def _recipe(data: DataOptions, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """The options that decide what a data folder holds."""
     made: dict[str, Any] = {"kind": data.kind, "vocab_size": data.vocab_size}
+    if data.mask_token:
+        made["mask_token"] = True
     made = {"tokenizer": tokenizer.sha256} if tokenizer else made
     return {**made, "val_fraction": data.val_fraction, "text_field": data.text_field}
 
@@ -260,10 +262,12 @@ def _train_tokenizer(corpus: Corpus, plan: Plan, survey: _Survey, data: DataOpti
     # Characters come from all text, so that the validation part can be spelled; bpe and word
     # never see it.
     if data.kind == "char":
-        return Tokenizer.train(survey.alphabet, kind="char")
+        return Tokenizer.train(survey.alphabet, kind="char", mask_token=data.mask_token)
     with progress(min(_SAMPLE_CHARACTERS, survey.characters), "characters to learn") as shown:
         texts = _sample(corpus, plan, shown)
-        return Tokenizer.train(texts, kind=data.kind, vocab_size=data.vocab_size)
+        return Tokenizer.train(
+            texts, kind=data.kind, vocab_size=data.vocab_size, mask_token=data.mask_token
+        )
 
 
 def _sample(corpus: Corpus, plan: Plan, shown: Progress) -> Iterator[str]:

@@ -19,11 +19,12 @@ def shuffled(count: int, *entropy: int) -> Int64s:
     Philox words are sorted instead of calling Generator.permutation: numpy promises the same words
     for ever, but not the same permutation (NEP 19).
     """
-    words = _words(count, *entropy)
+    words = random_words(count, *entropy)
     return np.argsort(words, kind="stable").astype(np.int64, copy=False)
 
 
-def _words(count: int, *entropy: int) -> npt.NDArray[np.uint64]:
+def random_words(count: int, *entropy: int) -> npt.NDArray[np.uint64]:
+    """Random 64-bit words that depend on the entropy alone."""
     return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
 
 
@@ -71,8 +72,13 @@ class Sampler:
 
     @property
     def epoch(self) -> int:
-        """How many times the tokens were gone through whole."""
+        """How many times everything was gone through whole."""
         return self._epoch
+
+    @property
+    def position(self) -> int:
+        """How much of this epoch was taken."""
+        return self._position
 
     def next(self) -> Int64s:
         """The offsets of this rank's next blocks."""
@@ -100,7 +106,7 @@ class Sampler:
     def _epoch_order(self, epoch: int) -> Int64s:
         """The offsets of all blocks of an epoch, shuffled."""
         starts = min(self._block_size, self._n_tokens - self._block_size)
-        start = int(_words(1, self._seed, epoch, 0)[0] % np.uint64(starts))
+        start = int(random_words(1, self._seed, epoch, 0)[0] % np.uint64(starts))
         blocks = (self._n_tokens - 1 - start) // self._block_size
         return shuffled(blocks, self._seed, epoch, 1) * self._block_size + start
 

@@ -27,6 +27,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         Diverged: more steps than max_skips had gradients that are not finite (exit 3).
         Interrupted: SIGINT or SIGTERM, after saving (exit 130 / 143).
     """
+    from gptopt.training.pretraining import Masked, NextToken
     from gptopt.training.run import run
 
-    return run(options)
+    return run((Masked if options.objective == "masked" else NextToken)(options))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gptopt.config import TrainOptions
+from gptopt.config import LoopOptions
 from gptopt.errors import UserError
 from gptopt.manifest import write_text
 from gptopt.training.lock import LOCK
@@ -29,7 +29,7 @@ def refuse_foreign(out: Path) -> None:
         raise UserError(f"{out}: is not empty and not a run folder; choose another --out")
 
 
-def write_config(out: Path, options: TrainOptions) -> None:
+def write_config(out: Path, options: LoopOptions) -> None:
     """The options as TOML that `gptopt train --config` reads back."""
     write_text(out / CONFIG, to_toml(options.model_dump(exclude=_NOT_SAVED)))
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from gptopt import __version__
-from gptopt.config import ModelConfig, TrainOptions
+from gptopt.config import LoopOptions, ModelConfig
 from gptopt.errors import UserError
 from gptopt.kernels import OPERATORS, explain
 from gptopt.model import GPT
@@ -160,7 +160,7 @@ def synchronise(device: torch.device) -> None:
 
 
 def environment(
-    device: torch.device, dtype: torch.dtype, options: TrainOptions, peak: float | None
+    device: torch.device, dtype: torch.dtype, options: LoopOptions, peak: float | None
 ) -> dict[str, Any]:
     """What a later reader needs to judge the run's speed and numbers; no environment variables."""
     import numpy as np
@@ -205,13 +205,18 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def refuse_too_large(config: ModelConfig, device: torch.device) -> None:
+def refuse_too_large(config: ModelConfig, device: torch.device, parts: int = 1) -> None:
     """A mistyped size should fail now, not by swapping or by the system's out-of-memory killer.
+
+    Args:
+        config: of the model.
+        device: which holds it.
+        parts: how many devices share it.
 
     Raises:
         UserError: fp32 weights, gradients and AdamW's moments alone exceed the device's memory.
     """
-    needed, there = 16 * estimate_parameters(config), total_memory_bytes(device)
+    needed, there = 16 * estimate_parameters(config) // parts, total_memory_bytes(device)
     if there is not None and needed > there:
         raise UserError(
             f"a model of {config.n_layer} layers x {config.n_embd} channels needs"

@@ -1,6 +1,7 @@
 """The training loop: step, save, evaluate, log, sample, in that order, until the run is done."""
 
 import logging
+import signal
 import time
 from typing import Any
 
@@ -10,7 +11,7 @@ from gptopt.training.judge import evaluate, sample
 from gptopt.training.metrics import Metrics
 from gptopt.training.report import Report
 from gptopt.training.session import Session
-from gptopt.training.signals import Signals
+from gptopt.training.signals import SignalCame, Signals
 from gptopt.training.state import Todo
 from gptopt.training.step import Stepper
 
@@ -32,7 +33,8 @@ class Trainer:
         self.stepper = Stepper(session)
         self.report = Report(session, self.stepper, peak)
         self.metrics = Metrics(session.out)
-        self.signals = Signals()
+        self.signals = Signals(patient=session.world.size > 1)
+        self._todo: Todo | None = None  # what is not done yet of the step just taken
         self._saved_step = self.state.step
         self._shown: Progress | None = None
 
@@ -46,19 +48,38 @@ class Trainer:
         """
         total = None if self.options.max_seconds else self.options.steps
         self.report.start()
-        with self.signals, progress(total, "steps") as self._shown:
+        with self.signals, self.session.saver, progress(total, "steps") as self._shown:
             self._shown.done = self.state.step
-            if self.state.todo is not None:  # killed after saving, before finishing the step
-                self._finish(self.state.todo)
-            while not self.state.stopped_by:
-                self.stepper.step(self.report.seconds())
-                self._after_step()
+            try:
+                if self.state.todo is not None:  # killed after saving, before finishing the step
+                    self._finish(self.state.todo)
+                while not self.state.stopped_by:
+                    self.stepper.step(self._heed(), self._heed)
+                    self._after_step()
+            except SignalCame as came:
+                self._stop(came.number)
+
+    def _heed(self) -> float:
+        """What ranks agree on before they go on together: the run's age in seconds.
+
+        Raises:
+            SignalCame: on any of them.
+            UserError: a checkpoint could not be written.
+        """
+        caught, failed = self.signals.caught or 0, self.session.saver.failed
+        beat = [float(caught), self.report.seconds(), float(failed)]
+        number, seconds, failure = self.session.world.control.largest(beat)
+        if failure:
+            self.session.saver.wait()
+        if number:
+            raise SignalCame(signal.Signals(int(number)))
+        return seconds
 
     def _after_step(self) -> None:
-        options, caught = self.options, self.signals.caught
+        options = self.options
         self._check_budget()
         log, evaluation = self._due(options.log_every), self._due(options.eval_every)
-        save = self._due(options.checkpoint_every) or caught is not None
+        save = self._due(options.checkpoint_every)
         if self.stepper.reads_are_free or log or evaluation or save:
             self.stepper.settle()
         todo = Todo(
@@ -68,11 +89,7 @@ class Trainer:
         )
         if save:
             self._save(todo)
-        if caught and not self.state.stopped_by and (todo.evaluate or todo.sample):
-            self._stop()  # whoever sent the signal may not wait; a resume does what is due here
         self._finish(todo)
-        if self.signals.caught and not self.state.stopped_by:
-            self._stop()
 
     def _due(self, every: int) -> bool:
         """Whether the step just taken is the last one or one of every so many (0: last only)."""
@@ -81,48 +98,51 @@ class Trainer:
     def _check_budget(self) -> None:
         if self.state.step >= self.options.steps:
             self.state.stopped_by = "steps"
-        elif self.options.max_seconds is not None and (
+        elif self.options.max_seconds is not None:
             # Another step would take about as long as the average one so far.
-            self.report.seconds() + self.report.seconds_per_step() > self.options.max_seconds
-        ):
-            self.state.stopped_by = "time"
-            self.state.budget_seconds = self.options.max_seconds
+            end = self.report.seconds() + self.report.seconds_per_step()
+            if self.session.world.control.largest([end])[0] > self.options.max_seconds:
+                self.state.stopped_by = "time"
+                self.state.budget_seconds = self.options.max_seconds
 
     def _finish(self, todo: Todo) -> None:
         """What follows a step's save: evaluation, the line, the best checkpoint, a sample."""
         best = False
+        self._todo = todo
         if self._shown is not None and (todo.evaluate or todo.sample):
             self._shown.close()  # the live line makes way for lines that stay
         if todo.line is not None:
             if todo.evaluate:
                 best = self._evaluate(todo.line)
-            self.metrics.append(todo.line)
-            self._show(todo.line)
-        self.state.todo = None
+            if self.session.world.is_first:
+                self.metrics.append(todo.line)
+                self._show(todo.line)
+        self._todo = self.state.todo = Todo(None, False, True) if todo.sample else None
         if best:
             if self._saved_step != self.state.step:
-                self._save(None)
-            self.session.checkpoints.mark_best(self.state.step)
-            self.session.checkpoints.prune(self.options.keep_checkpoints)
+                self._save(self._todo)
+            self.session.saver.mark_best(self.state.step)
         if todo.sample:
             sample(self.session)
+        self._todo = self.state.todo = None
 
     def _evaluate(self, line: dict[str, Any]) -> bool:
         """Add val_loss to the line; whether it is the best so far."""
         state = self.state
         started = time.monotonic()
-        value = evaluate(self.session)
-        if value is None:
+        figures = evaluate(self.session, self._heed)
+        if figures is None:
             return False
-        state.val_loss = line["val_loss"] = value
+        line |= figures
+        state.val_loss = value = figures["val_loss"]
         best = state.best_val_loss is None or value < state.best_val_loss
         if best:
             state.best_val_loss, state.best_step = value, state.step
         logger.info(
-            "step %d: train loss %s, val loss %.4f%s (%.1f s)",
+            "step %d: train loss %s, %s%s (%.1f s)",
             state.step,
             "-" if line["loss"] is None else f"{line['loss']:.4f}",
-            value,
+            ", ".join(f"{name.replace('_', ' ')} {each:.4f}" for name, each in figures.items()),
             ", the best so far" if best else "",
             time.monotonic() - started,
         )
@@ -144,16 +164,16 @@ class Trainer:
         self.stepper.settle()
         self.state.seconds = self.report.seconds()
         self.state.todo = todo
-        self.session.save()
+        self.session.saver.save()
         self._saved_step = self.state.step
 
-    def _stop(self) -> None:
+    def _stop(self, number: signal.Signals) -> None:
+        """Leave the run saved; what is not done of the last step is done by a resume."""
         if self._saved_step != self.state.step:
-            self._save(None)
-        caught = self.signals.caught
-        assert caught is not None
+            self._save(self._todo)
+        self.session.saver.wait()
         raise Interrupted(
-            f"{self.session.out}: {caught.name}, saved at step {self.state.step}; continue with"
+            f"{self.session.out}: {number.name}, saved at step {self.state.step}; continue with"
             f" the same command and --resume",
-            self.signals.exit_code,
+            128 + number,
         )

@@ -1,11 +1,12 @@
 """AdamW with decay groups, and its moments as named tensors that safetensors can hold."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptopt.config import TrainOptions
+from gptopt.config import LoopOptions
 from gptopt.errors import CheckFailed
 
 # One fused kernel per step; it also skips the step on the device when found_inf is set. On a CPU it
@@ -23,7 +24,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     ]
 
 
-def build_optimiser(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
+def build_optimiser(model: nn.Module, options: LoopOptions) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101), fused where the device has it."""
     device = next(model.parameters()).device
     return torch.optim.AdamW(
@@ -44,6 +45,25 @@ def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dic
     }
 
 
+def empty_optimiser_tensors(
+    model: nn.Module, shapes: Mapping[str, torch.Size]
+) -> dict[str, Tensor]:
+    """Tensors to read saved state into, laid out and shared out as the parameters are.
+
+    Raises:
+        CheckFailed: the saved state does not belong to this model.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for slot in _SLOTS:
+            if f"{slot}.{name}" in shapes:
+                like = torch.zeros(()) if slot == "step" else torch.zeros_like(parameter.detach())
+                _compare(f"{slot}.{name}", shapes[f"{slot}.{name}"], like.shape)
+                tensors[f"{slot}.{name}"] = like
+    _refuse_unknown(shapes.keys() - tensors.keys())
+    return tensors
+
+
 def load_optimiser_tensors(
     model: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
@@ -62,18 +82,26 @@ def load_optimiser_tensors(
             key = f"{slot}.{name}"
             saved = tensors.get(key)
             shape = torch.Size() if slot == "step" else parameter.shape
-            if saved is None or saved.shape != shape:
-                found = "nothing" if saved is None else tuple(saved.shape)
-                raise CheckFailed(
-                    f"optimizer.safetensors: {key} should have shape {tuple(shape)}, found {found};"
-                    f" resume from another checkpoint"
-                )
+            _compare(key, None if saved is None else saved.shape, shape)
+            assert saved is not None
             # The moments take the parameter's memory layout, as a first step would have made them.
             value = saved if slot == "step" else torch.empty_like(parameter).copy_(saved)
             state[slot] = value.to(parameter.device)
             names.add(key)
-    if unknown := sorted(tensors.keys() - names):
+    _refuse_unknown(tensors.keys() - names)
+
+
+def _compare(key: str, found: torch.Size | None, expected: torch.Size) -> None:
+    if found != expected:
         raise CheckFailed(
-            f"optimizer.safetensors: {unknown[0]} belongs to no parameter of this model;"
+            f"optimizer.safetensors: {key} should have shape {tuple(expected)}, found"
+            f" {'nothing' if found is None else tuple(found)}; resume from another checkpoint"
+        )
+
+
+def _refuse_unknown(keys: Collection[str]) -> None:
+    if keys:
+        raise CheckFailed(
+            f"optimizer.safetensors: {min(keys)} belongs to no parameter of this model;"
             f" resume from another checkpoint"
         )

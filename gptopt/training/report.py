@@ -14,7 +14,7 @@ class Report:
     def __init__(self, session: Session, stepper: Stepper, peak: float | None) -> None:
         self.session, self.state, self.stepper = session, session.state, stepper
         self._peak = peak
-        self._flops = flops_per_token(session.model, stepper.block_size)
+        self._flops = flops_per_token(session.model, session.objective.block_size)
         self._steps_before, self._seconds_before = self.state.step, self.state.seconds
         self._began = time.monotonic()
 
@@ -36,7 +36,7 @@ class Report:
         state, stepper = self.state, self.stepper
         loss = state.loss_sum / state.loss_count if state.loss_count else None
         step_seconds = stepper.busy_seconds / stepper.busy_steps if stepper.busy_steps else None
-        rate = stepper.tokens_per_step / step_seconds if step_seconds else None
+        rate = stepper.busy_tokens / stepper.busy_seconds if stepper.busy_steps else None
         mfu = rate * self._flops / self._peak if rate and self._peak else None
         if mfu is not None and mfu > 1:
             mfu = None  # other work slowed the probe: the peak is not known after all
@@ -45,7 +45,7 @@ class Report:
             state.train_loss = loss
         state.tokens_per_second, state.mfu = rate, mfu
         state.loss_sum, state.loss_count = 0.0, 0
-        stepper.busy_seconds, stepper.busy_steps = 0.0, 0
+        stepper.busy_seconds, stepper.busy_tokens, stepper.busy_steps = 0.0, 0, 0
         return {
             "step": state.step,
             "loss": loss,

@@ -2,23 +2,16 @@
 
 from typing import Any
 
-from gptopt.config import ModelConfig, TrainOptions
+from gptopt.config import ModelConfig
 from gptopt.errors import UserError
-
-# A run is its seed, its batches and its update rule. How long it goes on, what it shows and where
-# it runs may change (another device or another kernel body no longer repeats every bit).
-_FIXED = (
-    "seed", "batch_size", "accumulate", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
-    "beta1", "beta2", "grad_clip", "label_smoothing", "z_loss", "init_from",
-)  # fmt: skip
+from gptopt.training.objective import Objective
 
 
-def fixed_choices(
-    options: TrainOptions, model: ModelConfig, dtype: str, data_sha256: str, tokenizer_sha256: str
-) -> dict[str, Any]:
+def fixed_choices(objective: Objective, model: ModelConfig, dtype: str) -> dict[str, Any]:
     """The choices that stay for the life of a run, as JSON."""
-    choices = _choices_of(options) | _of_model(model.model_dump())
-    return choices | {"dtype": dtype, "data": data_sha256, "tokenizer": tokenizer_sha256}
+    choices = _choices_of(objective) | _of_model(model.model_dump(mode="json"))
+    identities = {"data": objective.sha256, "tokenizer": objective.tokenizer.sha256}
+    return choices | {"dtype": dtype} | identities
 
 
 def refuse_changes(out: str, saved: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -36,14 +29,14 @@ def refuse_changes(out: str, saved: dict[str, Any], asked: dict[str, Any]) -> No
             )
 
 
-def refuse_changed_options(options: TrainOptions, saved: dict[str, Any]) -> None:
-    """The part of `refuse_changes` that needs neither the text nor a model."""
-    explicit = {name: getattr(options.model, name) for name in options.model.model_fields_set}
-    refuse_changes(options.out, saved, _choices_of(options) | _of_model(explicit))
+def refuse_changed_options(objective: Objective, saved: dict[str, Any]) -> None:
+    """The part of `refuse_changes` that needs neither the data nor a model."""
+    asked = _choices_of(objective) | _of_model(objective.explicit_shape())
+    refuse_changes(objective.options.out, saved, asked)
 
 
-def _choices_of(options: TrainOptions) -> dict[str, Any]:
-    return {name: getattr(options, name) for name in _FIXED}
+def _choices_of(objective: Objective) -> dict[str, Any]:
+    return {name: getattr(objective.options, name) for name in objective.FIXED}
 
 
 def _of_model(values: dict[str, Any]) -> dict[str, Any]:

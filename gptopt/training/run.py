@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gptopt.config import TrainOptions
+from gptopt.config import LoopOptions
 from gptopt.errors import UserError, first_line
 from gptopt.log import say
 from gptopt.manifest import read_json, write_json
@@ -16,6 +16,7 @@ from gptopt.training.hardware import device_name, dtype_name, environment, matmu
 from gptopt.training.lock import hold_lock
 from gptopt.training.loop import Trainer
 from gptopt.training.metrics import METRICS, Metrics
+from gptopt.training.objective import Objective
 from gptopt.training.plot import draw_loss
 from gptopt.training.resume import refuse_changed_options
 from gptopt.training.session import Session, open_session
@@ -29,21 +30,22 @@ ENVIRONMENT = "env.json"
 PICTURE = "loss.png"
 
 
-def run(options: TrainOptions) -> dict[str, Any]:
+def run(objective: Objective) -> dict[str, Any]:
     """Train as `gptopt.training.train` documents."""
+    options = objective.options
     out = Path(options.out)
     refuse_foreign(out)
     with hold_lock(out), log_to_file(out):
         checkpoints = Checkpoints(out)
         checkpoints.clean()
         checkpoint = _checkpoint_to_resume(options, checkpoints)
-        result = _finished(options, out, checkpoint) or _train(options, out, checkpoint)
+        result = _finished(objective, out, checkpoint) or _train(objective, out, checkpoint)
     if not options.json_output:
         _tell(result)
     return result
 
 
-def _checkpoint_to_resume(options: TrainOptions, checkpoints: Checkpoints) -> Path | None:
+def _checkpoint_to_resume(options: LoopOptions, checkpoints: Checkpoints) -> Path | None:
     found = checkpoints.all()
     if not found:
         return None
@@ -58,24 +60,25 @@ def _checkpoint_to_resume(options: TrainOptions, checkpoints: Checkpoints) -> Pa
     return newest
 
 
-def _finished(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict[str, Any] | None:
+def _finished(objective: Objective, out: Path, checkpoint: Path | None) -> dict[str, Any] | None:
     """The result of a run that is complete already."""
     if checkpoint is None or not (out / RESULT).is_file():
         return None
     state, saved = load_state(checkpoint)
-    refuse_changed_options(options, saved)
+    refuse_changed_options(objective, saved)
     result = read_json(out / RESULT)
-    if not state.is_finished(options) or result.get("steps") != state.step:
+    if not state.is_finished(objective.options) or result.get("steps") != state.step:
         return None
     logger.info("%s: complete at step %d, nothing to do", out, state.step)
     return {**result, "already_complete": True}
 
 
-def _train(options: TrainOptions, out: Path, checkpoint: Path | None) -> dict[str, Any]:
+def _train(objective: Objective, out: Path, checkpoint: Path | None) -> dict[str, Any]:
     for name in (RESULT, DIVERGED):
         (out / name).unlink(missing_ok=True)
     try:
-        session = open_session(options, out, checkpoint)
+        session = open_session(objective, out, checkpoint)
+        options = session.options
         peak = matmul_peak(session.device, session.dtype)
         write_config(out, options)
         here = environment(session.device, session.dtype, options, peak)
@@ -115,18 +118,18 @@ def _tell_changes(path: Path, here: dict[str, Any]) -> None:
 
 
 def _introduce(session: Session, checkpoint: Path | None) -> None:
-    data, options = session.dataset, session.options
+    options = session.options
     if checkpoint:
         logger.info("%s: continuing from %s", session.out, checkpoint.name)
     logger.info(
-        "%s parameters on %s (%s, %s); %s training and %s validation tokens; %s tokens a step",
+        "%s parameters on %s (%s, %s); %s; %s sequences of %s tokens a step",
         f"{session.model.num_parameters():,}",
         session.device,
         device_name(session.device),
         dtype_name(session.dtype),
-        f"{len(data.train):,}",
-        f"{len(data.val):,}",
-        f"{options.batch_size * options.accumulate * session.model.config.block_size:,}",
+        session.objective.describe(),
+        f"{options.batch_size * options.accumulate:,}",
+        f"{session.objective.block_size:,}",
     )
     if options.max_seconds is None and options.warmup_steps >= options.steps:
         logger.warning(
@@ -159,6 +162,7 @@ def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
         "checkpoint": str(last) if last else None,
         "best_checkpoint": str(best) if best else None,
         "loss_curve": str(out / PICTURE) if drawn else None,
+        **session.objective.finish(session.model, out),
         "resumed_from": step_of(checkpoint) if checkpoint else None,
         "already_complete": False,
     }

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from gptopt.config import TrainOptions
+from gptopt.config import LoopOptions
 
 WARMUP_SHARE = 0.1  # of a time budget: a slow machine must not spend it all on warming up
 
@@ -17,7 +17,7 @@ class Schedule:
     Hutter 2017, arXiv:1608.03983, eq. 5, without restarts.
     """
 
-    options: TrainOptions
+    options: LoopOptions
     warm_end: tuple[int, float] | None = None  # (step, seconds) at which the warm-up ended
 
     def progress(self, step: int, seconds: float) -> float:

@@ -7,16 +7,16 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from gptopt.errors import Diverged, UserError, first_line
 from gptopt.manifest import write_json
 from gptopt.training.hardware import require_compiler
+from gptopt.training.objective import Batch
 from gptopt.training.optimiser import FUSED_DEVICES
+from gptopt.training.parallel import gradient_norm, reducing, replicate
 from gptopt.training.session import Session
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,13 @@ class Stepper:
 
     Each step leaves (loss, gradient norm, loss scale) on the device; `settle` reads all of them at
     once. A step whose gradients are not finite changes no weight: the fused optimiser skips it on
-    the device, before anybody here knows.
+    the device, before anybody here knows. Of several ranks all have the same figures, so all skip.
 
     Attributes:
         lr: of the last step.
         grad_norm: of the last finite step that was read, before clipping.
-        busy_seconds, busy_steps: time spent in steps; the reader sets them back.
+        busy_seconds, busy_tokens, busy_steps: time spent in steps and what was read in it; the
+            reader sets them back.
     """
 
     def __init__(self, session: Session) -> None:
@@ -42,65 +43,91 @@ class Stepper:
         self.options = session.options
         self.state = session.state
         self.lr = self.grad_norm = 0.0
-        self.busy_seconds, self.busy_steps = 0.0, 0
-        self.block_size = session.model.config.block_size
-        self.tokens_per_step = self.options.batch_size * self.options.accumulate * self.block_size
+        self.busy_seconds, self.busy_tokens, self.busy_steps = 0.0, 0, 0
+        self._keywords = session.objective.keywords()
         self.reads_are_free = session.device.type == "cpu"
         self._dropout = session.model.config.dropout > 0
         self._parameters = [p for p in session.model.parameters() if p.requires_grad]
-        self._forward: Callable[..., Any] = session.model
+        self._module = replicate(session.model, session.world)
+        self._forward: Callable[..., Any] = self._module
         self._guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         if self.options.compile:
             require_compiler(session.device)
-            self._forward = torch.compile(session.model)
+            self._forward = torch.compile(self._module)
             self._guard = _compile_errors
         self._one = torch.ones((), device=session.device)
         self._unread: list[tuple[int, list[list[int]], Tensor]] = []
 
-    def step(self, seconds: float) -> None:
-        """One optimiser step; `seconds` is the run's age, which a time budget's schedule needs."""
+    def step(self, seconds: float, between: Callable[[], None] = lambda: None) -> None:
+        """One optimiser step.
+
+        Args:
+            seconds: the run's age, which a time budget's schedule needs.
+            between: called between micro-batches; what it raises leaves the run as it was before
+                this step.
+        """
         started = time.monotonic()
-        state, options = self.state, self.options
-        self.lr = self.session.schedule.lr(state.step, seconds)
-        for group in self.session.optimiser.param_groups:
-            group["lr"] = self.lr
-        losses, offsets = [], []
-        for _ in range(options.accumulate):
-            chosen = self.session.sampler.next()
-            offsets.append(chosen.tolist())
-            losses.append(self._forward_backward(chosen))
-        loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        session, state = self.session, self.state
+        with self._undone_on_error():
+            self.lr = session.schedule.lr(state.step, seconds)
+            for group in session.optimiser.param_groups:
+                group["lr"] = self.lr
+            batches = [session.batches.next() for _ in range(session.accumulate)]
+            counted = max(1, sum(batch.total for batch in batches))
+            losses = []
+            for remaining, batch in zip(reversed(range(len(batches))), batches, strict=True):
+                with reducing(self._module, now=remaining == 0):
+                    losses.append(self._forward_backward(batch, batch.counted / counted))
+                if remaining:
+                    between()
+        loss = session.world.sum(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
         state.step += 1
-        state.tokens += self.tokens_per_step
-        self._unread.append((state.step, offsets, self._update(loss)))
+        tokens = sum(batch.tokens for batch in batches)
+        state.tokens += tokens
+        self._unread.append((state.step, [batch.where for batch in batches], self._update(loss)))
         self.busy_seconds += time.monotonic() - started
+        self.busy_tokens += tokens
         self.busy_steps += 1
 
-    def _forward_backward(self, offsets: npt.NDArray[np.int64]) -> Tensor:
-        """One micro-batch: adds to the gradients; its loss () stays on the device."""
-        session, options = self.session, self.options
-        block = self._to_device(
-            torch.from_numpy(session.dataset.train.batch(offsets, self.block_size))
-        )  # (B, T + 1)
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        session = self.session
+        position, dropout = session.batches.state_dict(), session.dropout.get_state()
+        warm_end = session.schedule.warm_end
+        try:
+            yield
+        except BaseException:
+            session.batches.load_state_dict(position)
+            session.dropout.set_state(dropout)
+            session.schedule.warm_end = warm_end
+            session.optimiser.zero_grad(set_to_none=True)
+            raise
+
+    def _forward_backward(self, batch: Batch, part: float) -> Tensor:
+        """One micro-batch: adds to the gradients; its part () of the step's loss stays there."""
+        session = self.session
+        inputs = {
+            name: self._to_device(torch.from_numpy(value)) for name, value in batch.inputs.items()
+        }
         with self._guard():
             with session.precision():
-                loss: Tensor = self._forward(
-                    block[:, :-1], block[:, 1:], seed=self._seed(),
-                    label_smoothing=options.label_smoothing, z_loss=options.z_loss,
-                ).loss  # fmt: skip
-            # Micro-batches have equally many tokens: the mean of their means is the batch's mean.
-            share = loss if options.accumulate == 1 else loss / options.accumulate
-            (session.scaler.scale(share) if session.scaler else share).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+                loss: Tensor = self._forward(**inputs, seed=self._seed(), **self._keywords).loss
+            # The loss is a mean over targets, the step's that over all micro-batches and ranks.
+            share = loss * part
+            # Gradients are averaged over the ranks, where their sum is wanted.
+            total = share * session.world.size
+            (session.scaler.scale(total) if session.scaler else total).backward()  # type: ignore[no-untyped-call]
+        return share.detach()
 
     def _update(self, loss: Tensor) -> Tensor:
-        """Clip the gradients and take the step, or skip it; (loss, norm, scale) as (3,) fp32."""
+        """Clip the gradients and take the step, or skip it; (loss, norm, scale) as (3,)."""
         optimiser, scaler, scale = self.session.optimiser, self.session.scaler, self._one
         if scaler is not None:
             scale = scaler.scale(self._one)
             scaler.unscale_(optimiser)
-        norm = get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        figures = torch.stack((loss.float(), norm.float(), scale))
+        norm = gradient_norm(self._parameters)
+        kind = torch.promote_types(loss.dtype, torch.float32)
+        figures = torch.stack((loss.to(kind), norm.to(kind), scale.to(kind)))
         if self.options.grad_clip:
             clip_grads_with_norm_(self._parameters, self.options.grad_clip, norm)
         if scaler is not None:
@@ -119,9 +146,10 @@ class Stepper:
     def _seed(self) -> Tensor | None:
         if not self._dropout:
             return None
-        return self._to_device(
-            torch.randint(0, 2**63 - 1, (), generator=self.session.dropout, dtype=torch.int64)
-        )
+        # All ranks draw for all, so that one generator's state resumes every one of them.
+        world, dropout = self.session.world, self.session.dropout
+        seeds = torch.randint(0, 2**63 - 1, (world.size,), generator=dropout, dtype=torch.int64)
+        return self._to_device(seeds[world.rank])
 
     def _to_device(self, value: Tensor) -> Tensor:
         if self.session.device.type != "cuda":
@@ -169,7 +197,7 @@ class Stepper:
                 "lr": self.lr,
                 "skipped": self.state.skipped,
                 "offsets": offsets,  # of each micro-batch's sequences in the training split
-                "sampler": self.session.sampler.state_dict(),
+                "sampler": self.session.batches.state_dict(),
             },
         )
         kept = self.session.checkpoints.pointed("latest")

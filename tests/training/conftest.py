@@ -72,7 +72,7 @@ def flags(options) -> Callable[..., list[str]]:
     def make(out: str | Path = "run", **changes: Any) -> list[str]:
         dumped = options(out, **changes).model_dump(exclude={"json_output"})
         arguments = list(dumped.pop("inputs"))
-        for group in ("model", "data"):
+        for group in [key for key, value in dumped.items() if isinstance(value, dict)]:
             dumped |= {f"{group}.{key}": value for key, value in dumped.pop(group).items()}
         for key, value in dumped.items():
             flag = "--" + key.replace("_", "-")

@@ -14,6 +14,7 @@ from gptopt.evaluate import evaluate_split
 from gptopt.manifest import verify_manifest
 from gptopt.training import train
 from gptopt.training.metrics import read_metrics
+from gptopt.training.pretraining import NextToken
 from gptopt.training.session import open_session
 from gptopt.training.step import Stepper
 
@@ -90,7 +91,7 @@ def test_accumulation_equals_one_bigger_batch(options, tmp_path):
     weights = []
     for name, batch, accumulate in (("one", 6, 1), ("two", 3, 2), ("six", 1, 6)):
         session = open_session(
-            options(name, batch_size=batch, accumulate=accumulate), tmp_path / name, None
+            NextToken(options(name, batch_size=batch, accumulate=accumulate)), tmp_path / name, None
         )
         session.model.double()
         stepper = Stepper(session)
@@ -105,18 +106,17 @@ def test_accumulation_equals_one_bigger_batch(options, tmp_path):
 def test_a_step_is_adamw_on_the_clipped_gradient_of_the_batch(options, tmp_path):
     """The fused, foreach step against the same update written down plainly."""
     chosen = options(grad_clip=0.05, lr=1e-2, warmup_steps=0, weight_decay=0.3)
-    session = open_session(chosen, tmp_path / "run", None)
+    session = open_session(NextToken(chosen), tmp_path / "run", None)
     before = {n: p.detach().clone() for n, p in session.model.named_parameters()}
-    state = session.sampler.state_dict()
-    offsets = session.sampler.next()
-    block = torch.from_numpy(session.dataset.train.batch(offsets, 8))
-    session.model(block[:, :-1], block[:, 1:]).loss.backward()
+    state = session.batches.state_dict()
+    batch = session.batches.next()
+    session.model(**{k: torch.from_numpy(v) for k, v in batch.inputs.items()}).loss.backward()
     gradients = {n: p.grad.clone() for n, p in session.model.named_parameters()}
     session.model.zero_grad()
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
     assert norm > 0.05
 
-    session.sampler.load_state_dict(state)
+    session.batches.load_state_dict(state)
     stepper = Stepper(session)
     stepper.step(0.0)
     stepper.settle()
@@ -166,7 +166,7 @@ def test_max_seconds_ends_the_run_in_time_with_the_rate_at_its_minimum(options, 
 
 def test_only_best_latest_and_the_newest_checkpoints_are_kept(options, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.7, 2.6])
-    monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: next(losses))
+    monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: {"val_loss": next(losses)})
     result = train(options(checkpoint_every=1, eval_every=1, keep_checkpoints=2))
     run = tmp_path / "run"
     found = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -190,7 +190,7 @@ def test_without_validation_text_the_run_stands_for_its_last_checkpoint(options,
 
 def test_checkpoint_every_0_saves_the_best_evaluations_and_the_end(options, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5])
-    monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: next(losses))
+    monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: {"val_loss": next(losses)})
     train(options(steps=8, checkpoint_every=0, eval_every=2))
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["step-000002", "step-000004", "step-000008"]
@@ -211,8 +211,8 @@ def poison(monkeypatch):
     def at(*steps, value=float("nan")):
         original = Stepper._forward_backward
 
-        def poisoned(self, offsets):
-            loss = original(self, offsets)
+        def poisoned(self, *arguments):
+            loss = original(self, *arguments)
             if self.state.step + 1 in steps:
                 next(iter(self.session.model.parameters())).grad[0, 0] = value
             return loss
@@ -241,7 +241,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 
 def test_a_skipped_step_changes_neither_weights_nor_moments(options, tmp_path, poison, metrics):
     poison(3)
-    session = open_session(options(max_skips=1), tmp_path / "other", None)
+    session = open_session(NextToken(options(max_skips=1)), tmp_path / "other", None)
     stepper = Stepper(session)
     for _ in range(2):
         stepper.step(0.0)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gptopt.config import ModelConfig, TrainOptions
 from gptopt.kernels import launch
 from gptopt.model import GPT
+from gptopt.training.pretraining import NextToken
 from gptopt.training.session import open_session
 from gptopt.training.step import Stepper
 
@@ -66,7 +67,7 @@ def train(tmp_path, device):
                 "seed": 3, "json": True, "data": {"kind": "char"}, "model": TINY | model,
             }
         )  # fmt: skip
-        session = open_session(options, tmp_path / kernels, None)
+        session = open_session(NextToken(options), tmp_path / kernels, None)
         stepper, losses = Stepper(session), []
         for _ in range(STEPS):
             stepper.step(0.0)

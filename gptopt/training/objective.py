@@ -1,0 +1,114 @@
+"""What a run learns: an objective brings data, batches, the model's shape and the judgement.
+
+The loop knows nothing of tokens, replies or labels; it asks the objective.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from gptopt.checkpoint import LoadedModel
+from gptopt.config import LoopOptions, ModelConfig
+from gptopt.model import GPT
+from gptopt.tokenizer import Tokenizer
+
+Figures = dict[str, float]
+
+
+class Batch(NamedTuple):
+    """One micro-batch on its way into the model."""
+
+    inputs: dict[str, npt.NDArray[np.int64]]  # keywords of this rank's forward pass, with targets
+    counted: int  # targets among them that the mean of the loss is over
+    total: int  # such targets of all ranks together
+    tokens: int  # real tokens that all ranks read
+    where: list[int]  # which sequences all ranks read, for a look at them later
+
+
+class Batches(Protocol):
+    """An endless row of micro-batches with a position that can be saved as JSON."""
+
+    def next(self) -> Batch:
+        """The next one."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, ready for JSON."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last batch of the one that gave this state."""
+
+
+class Objective(ABC):
+    """What a run learns. Methods are called in the order in which they stand here.
+
+    Attributes:
+        options: the verb's; `open` or `batches` may fill in what only the data tells.
+        tokenizer: set by `open`, as is sha256, the identity of the data.
+        block_size: tokens of a sequence at most; set by `model_config` or `batches`.
+    """
+
+    # Options that a resumed run may not change. How long it goes on, what it shows and where it
+    # runs may (another device or another kernel body no longer repeats every bit).
+    FIXED: ClassVar[tuple[str, ...]] = (
+        "seed", "batch_size", "accumulate", "lr", "min_lr", "warmup_steps", "schedule",
+        "weight_decay", "beta1", "beta2", "grad_clip", "label_smoothing", "init_from",
+    )  # fmt: skip
+
+    options: LoopOptions
+    tokenizer: Tokenizer
+    sha256: str
+    block_size: int
+
+    def explicit_shape(self) -> dict[str, Any]:
+        """Fields of the model that the user named, to compare with a checkpoint's early."""
+        return {}
+
+    @abstractmethod
+    def open(self, out: Path, start: LoadedModel | None, *, resuming: bool) -> None:
+        """Read the data; `start` is the model that the run begins or continues with."""
+
+    @abstractmethod
+    def model_config(self, start: LoadedModel | None, *, resuming: bool) -> ModelConfig:
+        """The model's shape, its vocabulary included."""
+
+    @abstractmethod
+    def batches(self, config: ModelConfig, batch_size: int, rank: int, world: int) -> Batches:
+        """The training batches from their beginning, this rank's part of each.
+
+        Args:
+            config: the model's.
+            batch_size: sequences of one micro-batch of all ranks together.
+            rank, world: which part of it is this rank's.
+        """
+
+    def build(self, config: ModelConfig, start: LoadedModel | None) -> GPT:
+        """The model with its first weights, on the CPU, in float32."""
+        model = GPT(config, kernels=self.options.kernels)
+        if start is not None:
+            # Copied, so that weights from any file lie in memory as a fresh model's do: the layout
+            # decides how a product rounds, and a resumed run repeats every bit.
+            model.load_state_dict(start.model.state_dict())
+        return model
+
+    def keywords(self) -> dict[str, float]:
+        """What every forward pass in training gets beside a batch."""
+        return {"label_smoothing": self.options.label_smoothing}
+
+    @abstractmethod
+    def evaluate(self, model: GPT) -> Figures | None:
+        """Figures of the held-out part, `val_loss` (nats) among them; None where there is none."""
+
+    def sample(self, model: GPT) -> str | None:
+        """Some text that shows what the model has learned; None where there is none to show."""
+        return None
+
+    def finish(self, model: GPT, out: Path) -> dict[str, Any]:
+        """Files beside the run's own, and what its result says of them."""
+        return {}
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The data in half a line."""

@@ -4,13 +4,16 @@ A case feeds tokens in its own way; whatever it does, each row's logits must be 
 model on that row's real tokens alone. Padding holds random tokens, so that a leak shows.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from gptopt.export.stream import Ids, Runner, Stream, as_ids
+from gptopt.export.stream import Claim, Ids, Runner, Stream, as_ids
 
+_SEED = 20
+LONGEST = 160  # tokens that a cache of any case but the context edge has to hold
 _KEEP = 8  # positions that are compared at the end of a long context
 # Parameters times tokens of the longest text that is computed in float64: seconds on two cores.
 _LONGEST_WORK = 2e11
@@ -21,19 +24,20 @@ class Stage:
     """What a case plays with."""
 
     graph: Runner  # the cache in the form that the runtime of this project uses
+    whole: Runner  # the same with room for the model's whole context
     growing: Runner
     padding: str  # "any" or "right"
+    by_column: bool  # see Stream
     keeps: bool  # it scores only the last positions where it is asked to
     causal: bool
-    random: np.random.Generator
     vocab_size: int
     block_size: int
     parameters: int
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(_SEED))
 
-    def stream(self, rows: int = 1, offset: int = 0, growing: bool = False) -> Stream:
+    def stream(self, rows: int = 1, growing: bool = False) -> Stream:
         """A fresh stream."""
-        graph = self.growing if growing else self.graph
-        return Stream(graph, rows, offset, by_column=self.graph.shared)
+        return Stream(self.growing if growing else self.graph, rows, by_column=self.by_column)
 
     def draw(self, rows: int, length: int) -> Ids:
         """Random tokens (rows, length)."""
@@ -147,7 +151,7 @@ def context_edge(stage: Stage) -> Iterator[Stream]:
     if stage.parameters * length > _LONGEST_WORK:
         length = stage.fit(16)
         offset = stage.block_size - length
-    stream = stage.stream(offset=offset)
+    stream = Stream(stage.whole, 1, offset)
     if stage.causal:
         for part in _parts(length, (max(1, length - 3),)):
             stream.feed(stage.draw(1, part), keep=_KEEP)
@@ -182,6 +186,12 @@ UNCACHED = {
     name: CACHED[name] for name in ("prefill", "batch", "left padding", "right padding",
                                     "context edge")
 }  # fmt: skip
+
+
+def claims_of(case: Case, name: str, stage: Stage) -> list[Claim]:
+    """Play a case; its tokens depend on its name alone, so that all files play the same."""
+    stage = dataclasses.replace(stage, random=np.random.default_rng([_SEED, *name.encode()]))
+    return [claim for stream in case(stage) for claim in stream.claims]
 
 
 def cases_of(stage: Stage) -> dict[str, Case]:

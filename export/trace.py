@@ -37,6 +37,8 @@ class Exportable(Protocol):
     `config` states the sizes (n_layer, kv_heads, head_size, vocab_size, block_size, causal).
     A call is model(ids, attention_mask=..., position_ids=..., past=..., use_cache=...), where
     ids and position_ids are (B, T), attention_mask is (B, S) and past is a list of (key, value).
+    Where it takes `logits_to_keep` as well (so many last positions), proofs of long texts are
+    cheaper.
     """
 
     config: ModelConfig

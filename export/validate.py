@@ -6,7 +6,6 @@ lower precision may be twice as far as the same maths in its precision, plus one
 is exact in it is proven apart, by a strict twin (twin.py).
 """
 
-import dataclasses
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from torch import nn
 
 from gptopt.export import cases as plays
-from gptopt.export.reference import Expected, Reference
+from gptopt.export.reference import Answers, Expected, Reference
 from gptopt.export.stream import Claim, Growing, Shared, open_graph
 from gptopt.export.trace import Exportable
 from gptopt.export.twin import Held, held_by, strangest, write_strict_twin
@@ -31,7 +30,6 @@ _RANGE_FACTOR = 2e-5
 _HALF_BAND = 2.0**-10  # one rounding of a float16, of the range of the logits
 _STRICT_CASES = ("prefill", "decode", "left padding", "right padding")
 _GREEDY_TOKENS = 128
-_SEED = 20
 
 
 @dataclass(kw_only=True, slots=True)
@@ -147,6 +145,7 @@ def prove(
     vocab_size: int | None = None,
     cases: Collection[str] | None = None,
     file: EdgeFile | None = None,
+    answers: Answers | None = None,
 ) -> Proof:
     """Compare an ONNX file with the model it was made from, in every way that clients use it.
 
@@ -156,75 +155,77 @@ def prove(
         vocab_size: ids that occur in texts, where the vocabulary is padded.
         cases: names of the cases to play; None is all of them.
         file: what is known of the file; none: a growing cache, padding anywhere.
+        answers: what the model said in proofs of its other files, and will have said in this one.
 
     Raises:
         CheckFailed: onnxruntime refuses the file, or it does not have the contract's names.
     """
     started = time.monotonic()
-    held = held_by(path)
-    proof = _play(path, model, held, vocab_size, cases, file or EdgeFile())
+    held, file = held_by(path), file or EdgeFile()
+    twin = path.with_name("model_strict_twin.onnx")
+    try:
+        proof = _play(path, twin, model, held, vocab_size, cases, file, answers)
+    finally:
+        twin.unlink(missing_ok=True)
     proof.weight = strangest(model, held)
-    if (held.products or held.cache) and not held.half and proof.passed:
-        _add_strict(proof, path, model, held, vocab_size, cases, file or EdgeFile())
     proof.seconds = time.monotonic() - started
     return proof
 
 
-def _add_strict(
-    proof: Proof, path: Path, model: nn.Module, held: Held, vocab_size: int | None,
-    cases: Collection[str] | None, file: EdgeFile,
-) -> None:  # fmt: skip
-    """Prove the wiring of a quantised file to the budget of float32."""
-    twin = path.with_name("model_strict_twin.onnx")
-    names = [name for name in _STRICT_CASES if cases is None or name in cases]
-    try:
-        write_strict_twin(path, twin)
-        plain = dataclasses.replace(held, cache=[], blocks={})
-        file = file.model_copy(update={"cache_dtype": "float32"})
-        strict = _play(twin, model, plain, vocab_size, names, file, strict=True)
-    finally:
-        twin.unlink(missing_ok=True)
-    proof.outcomes += strict.outcomes
-
-
 def _play(
-    path: Path, model: nn.Module, held: Held, vocab_size: int | None,
-    cases: Collection[str] | None, file: EdgeFile, *, strict: bool = False,
+    path: Path, twin: Path, model: nn.Module, held: Held, vocab_size: int | None,
+    cases: Collection[str] | None, file: EdgeFile, answers: Answers | None,
 ) -> Proof:  # fmt: skip
-    config = cast(Exportable, model).config
-    assert config.vocab_size is not None
-    causal = config.causal
-    band = None if strict else band_of(held)
-    session = open_graph(path, config, file)
-    growing = Growing(session)
-    shared = file.cache == "shared"
-    stage = plays.Stage(
-        graph=Shared(session, config.block_size) if shared else growing,
-        growing=growing,
-        padding=file.padding,
-        keeps=session.keeps,
-        causal=causal,
-        random=np.random.default_rng(_SEED),
-        vocab_size=vocab_size or config.vocab_size,
-        block_size=config.block_size,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-    )
-    reference = Reference(model, causal=causal, held=held, rounds=not strict)
-    proof = Proof()
+    """All cases, on the file and, where it rounds what it computes with, on its strict twin."""
+    stage = _stage(path, model, vocab_size, file)
+    strict = None
+    if (held.products or held.cache) and not held.half:
+        write_strict_twin(path, twin)
+        floats = file.model_copy(update={"cache_dtype": "float32"})
+        strict = _stage(twin, model, vocab_size, floats)
+    reference = Reference(model, causal=stage.causal, held=held, answers=answers)
+    band, proof, unrounded = band_of(held), Proof(), []
     for name, case in plays.cases_of(stage).items():
         if cases is not None and name not in cases:
             continue
-        claims = [claim for stream in case(stage) for claim in stream.claims]
-        label = f"{name} (unrounded inputs)" if strict else name
-        _add(proof, judge(label, claims, reference.expect(claims), band))
-    if causal and (cases is None or "greedy" in cases):
-        tokens = min(_GREEDY_TOKENS, config.block_size - stage.fit(4) + 1)
+        claims = plays.claims_of(case, name, stage)
+        _add(proof.outcomes, judge(name, claims, reference.expect(claims), band))
+        if strict is not None and name in _STRICT_CASES:
+            claims = plays.claims_of(case, name, strict)
+            expected = reference.expect(claims, rounds=False)
+            _add(unrounded, judge(f"{name} (unrounded inputs)", claims, expected))
+    if stage.causal and (cases is None or "greedy" in cases):
+        tokens = min(_GREEDY_TOKENS, stage.block_size - stage.fit(4) + 1)
         claims = plays.greedy(stage, tokens).claims
         expected = reference.expect(claims)
         outcome = judge("greedy", claims, expected, band)
         proof.greedy = judge_greedy(claims, expected, outcome.budget, stage.vocab_size)
-        _add(proof, outcome)
+        _add(proof.outcomes, outcome)
+    proof.outcomes += unrounded
     return proof
+
+
+def _stage(path: Path, model: nn.Module, vocab_size: int | None, file: EdgeFile) -> plays.Stage:
+    """A file in a session, ready to play."""
+    config = cast(Exportable, model).config
+    assert config.vocab_size is not None
+    session = open_graph(path, config, file)
+    growing = whole = graph = Growing(session)
+    if file.cache != "growing":
+        room = min(config.block_size, plays.LONGEST)
+        graph, whole = Shared(session, room), Shared(session, config.block_size)
+    return plays.Stage(
+        graph=graph,
+        whole=whole,
+        growing=growing,
+        padding=file.padding,
+        by_column=file.cache == "shared",
+        keeps=session.keeps,
+        causal=config.causal,
+        vocab_size=vocab_size or config.vocab_size,
+        block_size=config.block_size,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+    )
 
 
 def band_of(held: Held) -> float | None:
@@ -278,8 +279,8 @@ def judge_greedy(
     return result
 
 
-def _add(proof: Proof, outcome: Outcome) -> None:
-    proof.outcomes.append(outcome)
+def _add(outcomes: list[Outcome], outcome: Outcome) -> None:
+    outcomes.append(outcome)
     logger.info(
         "proof of %s: error %.1e, budget %.1e%s", outcome.case, outcome.max_abs_error,
         outcome.budget, "" if outcome.passed else ", FAILED",

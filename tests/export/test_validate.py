@@ -157,8 +157,8 @@ def test_a_stream_follows_beams_and_rewinds():
 def test_a_context_too_long_for_float64_is_tested_at_its_last_positions():
     graph = Recorder()
     stage = Stage(
-        graph=graph, growing=graph, padding="any", keeps=False, causal=True,
-        random=np.random.default_rng(0), vocab_size=10, block_size=10**6, parameters=10**9,
+        graph=graph, whole=graph, growing=graph, padding="any", by_column=False, keeps=False,
+        causal=True, vocab_size=10, block_size=10**6, parameters=10**9,
     )  # fmt: skip
     (stream,) = context_edge(stage)
     assert graph.fed[-1][2].tolist() == [[10**6 - 1]]

@@ -6,12 +6,15 @@ One implementation for PyTorch models and exported folders; torch is imported fo
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from gptopt.config import SamplingOptions
 from gptopt.errors import UserError
-from gptopt.runtime.folder import is_edge_folder
+from gptopt.runtime.folder import end_ids, is_edge_folder
+from gptopt.runtime.generation import Completion, Context
 from gptopt.tokenizer import Tokenizer
 
 Ints = npt.NDArray[np.int64]
@@ -38,18 +41,29 @@ class Scored:
     greedy: bool
 
 
+class Completer(Protocol):
+    """Continues a batch of prompts."""
+
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], sampling: SamplingOptions, *, context: Context
+    ) -> Completion:
+        """As gptopt.runtime.generation.complete."""
+
+
 @dataclass(frozen=True)
 class LikelihoodModel:
-    """A model that scores continuations.
+    """A model that scores continuations, and writes its own.
 
     Attributes:
         forward: the model.
+        complete: continues prompts.
         tokenizer: what its ids mean.
         block_size, vocab_size: tokens it sees at once, width of its logits.
         where: device or provider it runs on, by that name.
     """
 
     forward: Forward
+    complete: Completer
     tokenizer: Tokenizer
     block_size: int
     vocab_size: int
@@ -158,13 +172,16 @@ def _open_edge(model: str, provider: str, precision: str) -> LikelihoodModel:
         return edge.forward(ids, real)[0]
 
     where = {"provider": edge.provider, "precision": edge.precision}
-    return LikelihoodModel(forward, edge.tokenizer, edge.block_size, edge.vocab_size, where)
+    return LikelihoodModel(
+        forward, edge.complete, edge.tokenizer, edge.block_size, edge.vocab_size, where
+    )
 
 
 def _open_torch(model: str, checkpoint: str, device: str) -> LikelihoodModel:
     import torch
 
     from gptopt.checkpoint import load_model
+    from gptopt.generate import generate_tokens
     from gptopt.training.hardware import resolve_device
 
     place = resolve_device(device)
@@ -173,6 +190,7 @@ def _open_torch(model: str, checkpoint: str, device: str) -> LikelihoodModel:
     _require(model, config.causal, loaded.tokenizer)
     assert loaded.tokenizer is not None
     assert config.vocab_size is not None
+    ends = sorted({loaded.tokenizer.eos_id, *end_ids(loaded.folder)})
 
     def forward(ids: Ints, real: Bools) -> npt.NDArray[np.float32]:
         with torch.inference_mode():
@@ -181,8 +199,17 @@ def _open_torch(model: str, checkpoint: str, device: str) -> LikelihoodModel:
         found: npt.NDArray[np.float32] = logits.float().cpu().numpy()
         return found
 
+    def complete(
+        prompts: Sequence[Sequence[int]], sampling: SamplingOptions, *, context: Context
+    ) -> Completion:
+        return generate_tokens(
+            loaded.model, prompts, sampling,
+            tokenizer=loaded.tokenizer, end_ids=ends, context=context,
+        )  # fmt: skip
+
+    where = {"device": str(place)}
     return LikelihoodModel(
-        forward, loaded.tokenizer, config.block_size, config.vocab_size, {"device": str(place)}
+        forward, complete, loaded.tokenizer, config.block_size, config.vocab_size, where
     )
 
 

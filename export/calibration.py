@@ -7,7 +7,6 @@ code does it. Inputs are never kept: each is added to a sum and forgotten.
 
 import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptopt.errors import UserError
+from gptopt.export.texts import MIN_CALIBRATION
 from gptopt.export.trace import Exportable
 
 if TYPE_CHECKING:
-    from gptopt.tokenizer import Tokenizer
+    pass
 
 logger = logging.getLogger(__name__)
 
-MIN_TOKENS = 512
 MAX_TOKENS = 8192
 _WINDOW = 512  # tokens that are read at once
 _BUDGET_BYTES = 256 * 2**20
@@ -59,24 +58,6 @@ class Calibration:
         self._moments: dict[str, Tensor] | None = None
         self._ranges: list[tuple[Tensor, Tensor]] = []
         self._hessians: dict[str, Tensor] = {}
-
-    @classmethod
-    def from_file(cls, model: nn.Module, path: Path, tokenizer: "Tokenizer") -> "Calibration":
-        """Statistics over a text file.
-
-        Raises:
-            UserError: the file cannot be read, or its text is too short.
-        """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-        ids = tokenizer.encode(text)
-        if len(ids) < MIN_TOKENS:
-            raise UserError(
-                f"{path}: {len(ids)} tokens, calibration needs {MIN_TOKENS}; give a longer text"
-            )
-        return cls(model, ids)
 
     def moments(self, name: str) -> Tensor | None:
         """Mean squares (K,) float32 of what a weight is multiplied with; None where nothing was."""
@@ -129,10 +110,10 @@ class Calibration:
 
 def _windows(ids: Sequence[int], window: int) -> list[Tensor]:
     """Pieces (1, window) of the text, MAX_TOKENS in all at most, at equal distances."""
-    if len(ids) < MIN_TOKENS:
+    if len(ids) < MIN_CALIBRATION:
         raise UserError(
-            f"calibration text: {len(ids)} tokens, expected at least {MIN_TOKENS}; give a longer "
-            f"one"
+            f"calibration text: {len(ids)} tokens, expected at least {MIN_CALIBRATION}; give a "
+            f"longer one"
         )
     whole = len(ids) // window
     count = min(whole, max(1, MAX_TOKENS // window))

@@ -28,6 +28,19 @@ def proof_table(proof: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def quality_line(quality: Mapping[str, Any]) -> str:
+    """What a file makes of held-out text (`Quality.as_dict`), in a line."""
+    parts = []
+    if quality["perplexity"] is not None:
+        parts.append(
+            f"perplexity {quality['perplexity']:.5g} ({quality['increase']:+.2%}, PyTorch "
+            f"{quality['model_perplexity']:.5g})"
+        )
+    parts.append(f"KL {quality['mean_kl']:.1e} (largest {quality['max_kl']:.1e})")
+    parts.append(f"{quality['agreement']:.1%} of {quality['positions']} tokens agree")
+    return "held-out text: " + ", ".join(parts)
+
+
 def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: bool) -> str:
     """The card as Markdown, every number from the report."""
     task = "text-generation" if config.causal else "fill-mask"
@@ -39,6 +52,11 @@ def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: boo
         "## Run it\n\n" + _usage(config, report, tokenizer),
         "## What was proven\n\n" + _proof(report),
     ]
+    measured = {
+        name: each["quality"] for name, each in report["variants"].items() if each["quality"]
+    }
+    if measured:
+        parts.append("## How good it is\n\n" + _quality(measured))
     return "\n\n".join(parts) + "\n"
 
 
@@ -121,6 +139,30 @@ def _proof(report: Mapping[str, Any]) -> str:
         f"{text}\n\nGreedy decoding: {greedy['agreeing']} of {greedy['tokens']} tokens are those "
         f"of the float64 model on the same text ({greedy['distinct']} distinct{_ties(greedy)})."
     )
+
+
+def _quality(measured: Mapping[str, Mapping[str, Any]]) -> str:
+    first = next(iter(measured.values()))
+    told = (
+        f"On text that no file was calibrated on, {first['positions']} positions, beside the "
+        f"PyTorch model in float32: perplexity and what part it is above the model's, divergence "
+        f"from the model in nats, share of positions with the same likeliest token. In parentheses "
+        f"what was allowed."
+    )
+    columns = ("file", "perplexity", "KL divergence", "largest", "same token")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, each in measured.items():
+        limits = {
+            key: "" if limit is None else f" ({limit:g})" for key, limit in each["allowed"].items()
+        }
+        perplexity = "-"
+        if each["perplexity"] is not None:
+            perplexity = f"{each['perplexity']:.5g}, {each['increase']:+.4f}{limits['perplexity']}"
+        rows.append(
+            f"| `{name}` | {perplexity} | {each['mean_kl']:.1e}{limits['mean_kl']} | "
+            f"{each['max_kl']:.1e} | {each['agreement']:.3f}{limits['agreement']} |"
+        )
+    return told + "\n\n" + "\n".join(rows)
 
 
 def _ties(greedy: Mapping[str, Any]) -> str:

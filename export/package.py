@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import onnx_ir as ir
 from torch import nn
+from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, UserError
@@ -22,8 +23,10 @@ from gptopt.export.folder import GraphFile, write_configs
 from gptopt.export.lookups import unfold_lookups
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS, Precision
+from gptopt.export.precisions import PRECISIONS, Precision, allowed_of
+from gptopt.export.quality import HeldOut, Quality
 from gptopt.export.quantize import quantize_graph
+from gptopt.export.reference import Answers
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import PORTABLE, Target, check_precisions
 from gptopt.export.trace import Exportable
@@ -49,14 +52,29 @@ class Plan:
     Attributes:
         precisions: one file each; the first one is what clients take by default.
         calibration: statistics of a text, for better quantised weights and an int8 cache.
+        held_out: a text that every file is measured on.
         int8_cache: keep keys and values in int8; needs a calibration.
         keep_stages: folder that receives the graph of every stage.
     """
 
     precisions: Sequence[Precision] = (PRECISIONS["fp32"],)
     calibration: Calibration | None = None
+    held_out: HeldOut | None = None
     int8_cache: bool = False
     keep_stages: Path | None = None
+
+
+@dataclass(slots=True)
+class Common:
+    """What exports of one model for several targets need only once.
+
+    Attributes:
+        program: the recorded model.
+        answers: what the model said in proofs.
+    """
+
+    program: ExportedProgram | None = None
+    answers: Answers = field(default_factory=Answers)
 
 
 @dataclass(slots=True)
@@ -67,12 +85,14 @@ class Variant:
     graph: dict[str, Any]
     proof: Proof
     notes: Notes
+    quality: Quality | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
         return {
             **self.proof.as_dict(),
+            "quality": self.quality and self.quality.as_dict(),
             "file": self.file.facts.file,
             "padding": self.file.facts.padding,
             "cache": self.file.facts.cache,
@@ -90,6 +110,7 @@ def export_model(
     force: bool = False,
     target: Target = PORTABLE,
     plan: Plan | None = None,
+    common: Common | None = None,
 ) -> dict[str, Any]:
     """Export a model to ONNX, prove the export, and write the folder only if the proof holds.
 
@@ -100,6 +121,7 @@ def export_model(
         force: replace the folder if it exists.
         target: what the graphs are made for.
         plan: precisions and the like; none: float32.
+        common: what an export of the same model for another target has left.
 
     Returns:
         The report that is written to report.json.
@@ -108,17 +130,18 @@ def export_model(
         UserError: the folder exists, or the model cannot be exported as asked.
         CheckFailed: a graph does not say what the model says; no folder is written.
     """
-    plan = plan or Plan()
+    plan, common = plan or Plan(), common or Common()
     config = _config_of(model, tokenizer)
     check_precisions(target, [each.name for each in plan.precisions])
     size = None if tokenizer is None else tokenizer.size
     with staged_folder(folder, force=force) as staging:
-        build = Build(target, keep=plan.keep_stages)
+        build = Build(target, keep=plan.keep_stages, program=common.program)
         graph = build_graph(model, config, build)
+        common.program = build.program
         if plan.int8_cache:
             graph = _with_int8_cache(graph, build, plan)
         (staging / GRAPH).parent.mkdir()
-        maker = _Maker(model, graph, build, plan, staging, size)
+        maker = _Maker(model, graph, build, plan, common.answers, staging, size)
         variants = []
         for precision in plan.precisions:
             variant = maker.make(precision)
@@ -128,6 +151,12 @@ def export_model(
                     f"{folder}: not written, {facts.file} does not say what the model says: "
                     f"{variant.proof.failure}; {explain(staging / facts.file, model, facts)}; "
                     f"this is a fault of the export, please report it with the model's config.json"
+                )
+            quality = variant.quality
+            if quality is not None and quality.failure is not None:
+                raise CheckFailed(
+                    f"{folder}: not written, {precision.name} loses too much on held-out text: "
+                    f"{quality.failure}; choose a precision of more bits"
                 )
             variants.append(variant)
         files = [each.file for each in variants]
@@ -148,6 +177,7 @@ class _Maker:
     graph: ir.Model
     build: Build
     plan: Plan
+    answers: Answers
     folder: Path
     vocab_size: int | None
 
@@ -157,6 +187,8 @@ class _Maker:
         target, graph = build.target, self.graph
         if precision.quantized or precision.floats != "float32":
             graph = quantize_graph(graph, precision, build.notes, calibration=self.plan.calibration)
+            if target.lookups == "primitives":
+                unfold_lookups(graph)
             check_kernels(graph, target, build.notes)
             build.done(f"quantise-{precision.name}", graph)
         path = f"onnx/model{precision.suffix}.onnx"
@@ -167,11 +199,18 @@ class _Maker:
         dtype = "int8" if self.plan.int8_cache else precision.floats
         file = GraphFile(precision.name, target.facts(path, dtype), external)
         logger.info("%s: %d nodes, now the proof", path, graph.graph.num_nodes())
-        proof = prove(self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts)
-            if target.lookups == "primitives":
-                unfold_lookups(graph)
+        proof = prove(
+            self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts,
+            answers=self.answers,
+        )  # fmt: skip
         build.done("prove")
-        return Variant(file, _facts(graph, target), proof, build.notes, build.seconds)
+        variant = Variant(file, _facts(graph, target), proof, build.notes, seconds=build.seconds)
+        if self.plan.held_out is not None and proof.passed:
+            variant.quality = self.plan.held_out.measure(
+                self.folder / path, file.facts, allowed_of(precision.name, dtype)
+            )
+            build.done("measure")
+        return variant
 
 
 def _with_int8_cache(graph: ir.Model, build: Build, plan: Plan) -> ir.Model:

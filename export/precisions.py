@@ -39,6 +39,21 @@ Format = BlockFormat | ChannelFormat
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Allowed:
+    """What a precision may cost on held-out text (quality.py); None: anything.
+
+    Attributes:
+        perplexity: by what part it may exceed the PyTorch model's.
+        mean_kl: mean Kullback-Leibler divergence from the model, nats per token.
+        agreement: at least this share of the likeliest tokens is the model's.
+    """
+
+    perplexity: float | None = None
+    mean_kl: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Precision:
     """One file of an exported folder.
 
@@ -50,6 +65,7 @@ class Precision:
             head is tied. Always blocks, or None.
         overrides: weight name -> format, where a layer differs from `layers`.
         floats: type of everything that is not quantised.
+        allowed: what it may lose on held-out text.
     """
 
     name: str
@@ -58,6 +74,7 @@ class Precision:
     head: BlockFormat | None = None
     overrides: Mapping[str, Format | None] = field(default_factory=dict)
     floats: Literal["float32", "float16"] = "float32"
+    allowed: Allowed = Allowed()
 
     def __post_init__(self) -> None:
         """Refuse what no kernel computes."""
@@ -80,25 +97,40 @@ class Precision:
 _Q4 = BlockFormat(bits=4, block=64, method="gptq")
 _Q4_HEAD = BlockFormat(bits=4, block=32, method="gptq")
 
+# Twice to five times what was found with models trained here (bench/results/quality.json).
+_EXACT = Allowed(perplexity=1e-4, mean_kl=1e-6, agreement=0.999)
+_HALF = Allowed(perplexity=2e-3, mean_kl=2e-4, agreement=0.98)
+_EIGHT = Allowed(perplexity=0.01, mean_kl=0.005, agreement=0.95)
+_FOUR = Allowed(perplexity=0.05, mean_kl=0.05, agreement=0.85)
+_TWO = Allowed(perplexity=1.0, mean_kl=1.0, agreement=0.4)
+
 PRECISIONS = {
     precision.name: precision
     for precision in (
-        Precision(name="fp32", suffix=""),
-        Precision(name="fp16", suffix="_fp16", floats="float16"),
+        Precision(name="fp32", suffix="", allowed=_EXACT),
+        Precision(name="fp16", suffix="_fp16", floats="float16", allowed=_HALF),
         Precision(
             name="q8", suffix="_quantized", layers=ChannelFormat(),
-            head=BlockFormat(bits=8, block=128),
+            head=BlockFormat(bits=8, block=128), allowed=_EIGHT,
         ),
-        Precision(name="q4", suffix="_q4", layers=_Q4, head=_Q4_HEAD),
+        Precision(name="q4", suffix="_q4", layers=_Q4, head=_Q4_HEAD, allowed=_FOUR),
         Precision(
-            name="q4f16", suffix="_q4f16", layers=_Q4, head=_Q4_HEAD, floats="float16"
+            name="q4f16", suffix="_q4f16", layers=_Q4, head=_Q4_HEAD, floats="float16",
+            allowed=_FOUR,
         ),
         Precision(
             name="q2", suffix="_q2",
             layers=BlockFormat(bits=2, block=32, symmetric=False, method="gptq"), head=_Q4_HEAD,
+            allowed=_TWO,
         ),
     )
 }  # fmt: skip
+
+
+def allowed_of(name: str, cache_dtype: str | None) -> Allowed:
+    """What a precision may lose on held-out text, with a cache of this type."""
+    own = PRECISIONS[name].allowed
+    return _EIGHT if cache_dtype == "int8" and own in (_EXACT, _HALF) else own
 
 
 def find_precisions(names: str) -> list[Precision]:

@@ -8,13 +8,17 @@ from gptopt.config import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.bisect import explain
 from gptopt.export.calibration import Calibration
-from gptopt.export.card import proof_table
+from gptopt.export.card import proof_table, quality_line
 from gptopt.export.clients import Client, check_clients, client_table, find_clients
-from gptopt.export.package import Plan, export_model
-from gptopt.export.precisions import Precision, find_precisions
+from gptopt.export.package import REPORT, Common, Plan, export_model
+from gptopt.export.precisions import Allowed, Precision, allowed_of, find_precisions
+from gptopt.export.quality import HeldOut
+from gptopt.export.reference import Answers
 from gptopt.export.targets import check_precisions, find_targets
+from gptopt.export.texts import MIN_CALIBRATION, MIN_HELD_OUT, MIN_SPLIT, read_ids, split
 from gptopt.export.validate import prove
 from gptopt.log import say
+from gptopt.manifest import read_json
 from gptopt.model import GPT
 from gptopt.runtime.folder import load_config, model_file, verify_folder
 from gptopt.runtime.variants import EdgeFile, edge_files
@@ -43,11 +47,11 @@ def export(options: ExportOptions) -> dict[str, Any]:
             )
     loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
     plan = _plan(options, loaded, precisions)
-    reports = {}
+    reports, common = {}, Common()
     for target in targets:
         report = export_model(
             loaded.model, loaded.tokenizer, folders[target.name], force=options.force,
-            target=target, plan=plan,
+            target=target, plan=plan, common=common,
         )  # fmt: skip
         reports[target.name] = report
         if not options.json_output:
@@ -58,17 +62,20 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
 
 def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precision]) -> Plan:
-    calibration = None
-    if options.calibration is not None:
-        if loaded.tokenizer is None:
-            raise UserError(
-                f"--calibration {options.calibration}: {options.model} has no tokenizer to read it"
-            )
-        calibration = Calibration.from_file(
-            loaded.model, Path(options.calibration), loaded.tokenizer
-        )
+    calibration = held_out = None
+    given, apart = options.calibration, options.held_out is not None
+    if given is not None:
+        least = MIN_CALIBRATION if apart else MIN_SPLIT
+        used = read_ids("--calibration", given, loaded, least)
+        if not apart:
+            used, rest = split(used)
+            held_out = HeldOut(loaded.model, rest)
+        calibration = Calibration(loaded.model, used)
+    if options.held_out is not None:
+        ids = read_ids("--held-out", options.held_out, loaded, MIN_HELD_OUT)
+        held_out = HeldOut(loaded.model, ids)
     keep = None if options.keep_stages is None else Path(options.keep_stages)
-    return Plan(precisions, calibration, options.cache == "int8", keep)
+    return Plan(precisions, calibration, held_out, options.cache == "int8", keep)
 
 
 def _show(folder: Path, report: dict[str, Any]) -> None:
@@ -76,6 +83,8 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
         if len(report["variants"]) > 1:
             say(f"{name}: {variant['file']}")
         say(proof_table(variant))
+        if variant["quality"] is not None:
+            say(quality_line(variant["quality"]))
         for note in variant["notes"]:
             say(f"{note['stage']}: {note['where']}: {note['what']}; {note['reason']}")
     size = sum(report["files"].values())
@@ -107,11 +116,16 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
                 f"{folder}: was exported from a model with {name}={sizes[name]}, "
                 f"{options.model} has {found}; give the model that it was exported from"
             )
-    proofs = {}
+    held_out = None
+    if options.held_out is not None:
+        ids = read_ids("--held-out", options.held_out, loaded, MIN_HELD_OUT)
+        held_out = HeldOut(model, ids)
+    proofs: dict[str, dict[str, Any]] = {}
+    answers = Answers()
     for name, file in files.items():
         path = model_file(folder, file.file)
-        proof = prove(path, model, vocab_size=sizes["tokenizer_size"], file=file)
-        proofs[name] = proof.as_dict()
+        proof = prove(path, model, vocab_size=sizes["tokenizer_size"], file=file, answers=answers)
+        proofs[name] = {**proof.as_dict(), "quality": None}
         if not options.json_output:
             say(f"{name}: {file.file}\n" * (len(files) > 1) + proof_table(proofs[name]))
         if not proof.passed:
@@ -119,6 +133,16 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
                 f"{folder}/{file.file}: does not say what {options.model} says: {proof.failure}; "
                 f"{explain(path, model, file)}; export the model again"
             )
+        if held_out is not None:
+            quality = held_out.measure(path, file, _allowed(folder, name, file))
+            proofs[name]["quality"] = quality.as_dict()
+            if not options.json_output:
+                say(quality_line(proofs[name]["quality"]))
+            if quality.failure is not None:
+                raise CheckFailed(
+                    f"{folder}/{file.file}: loses too much on {options.held_out}: "
+                    f"{quality.failure}; export the model in a precision of more bits"
+                )
     result = {"folder": str(folder), **next(iter(proofs.values())), "variants": proofs}
     if clients:
         result["clients"] = {
@@ -128,6 +152,12 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
     if not options.json_output:
         say(f"{folder}: says what {options.model} says")
     return result
+
+
+def _allowed(folder: Path, name: str, file: EdgeFile) -> Allowed:
+    """What the export allowed the file to lose, or what it would allow."""
+    told = read_json(folder / REPORT).get("variants", {}).get(name, {}).get("quality")
+    return allowed_of(name, file.cache_dtype) if told is None else Allowed(**told["allowed"])
 
 
 def _play_in(

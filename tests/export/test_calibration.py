@@ -10,13 +10,6 @@ from gptopt.export.calibration import MAX_TOKENS, Calibration
 WIDTH = 136  # the models' block_size, and so a window
 
 
-class Words:
-    """A tokenizer of words that are numbers."""
-
-    def encode(self, text):
-        return [int(word) for word in text.split()]
-
-
 @pytest.fixture(scope="module")
 def model():
     return random_gpt(activation="swiglu", n_kv_head=2, tie_head=True)
@@ -108,22 +101,6 @@ def test_a_long_text_is_sampled_all_over(model):
     assert starts.diff().min() >= WIDTH
 
 
-def test_a_short_text_is_one_line(model, tmp_path):
-    path = tmp_path / "short.txt"
-    path.write_text("1 2 3")
-    with pytest.raises(UserError, match=r"short\.txt: 3 tokens, calibration needs 512"):
-        Calibration.from_file(model, path, Words())
+def test_a_short_text_is_one_line(model):
     with pytest.raises(UserError, match="3 tokens, expected at least 512"):
         Calibration(model, [1, 2, 3])
-    with pytest.raises(UserError, match=r"none\.txt: cannot be read"):
-        Calibration.from_file(model, tmp_path / "none.txt", Words())
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="cannot be read as UTF-8"):
-        Calibration.from_file(model, path, Words())
-
-
-def test_a_file_is_read_through_the_tokenizer(model, ids, tmp_path):
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(map(str, ids)))
-    found = Calibration.from_file(model, path, Words()).moments("wte.weight")
-    torch.testing.assert_close(found, Calibration(model, ids).moments("wte.weight"))

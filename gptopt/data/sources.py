@@ -1,8 +1,6 @@
 """From files of any kind to documents in bounded pieces; whatever is malformed is named exactly."""
 
 import codecs
-import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -10,19 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gptopt.errors import UserError, first_line
+from gptopt.data.records import (
+    BOM,
+    JSONL_SUFFIXES,
+    PARQUET_SUFFIX,
+    Record,
+    checked_text,
+    has_records,
+    not_utf8,
+    read_records,
+    reading,
+)
+from gptopt.errors import UserError
 from gptopt.manifest import sha256_of
-from gptopt.tokenizer_files import reject_surrogates
 
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".text", ".txt")
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-PARQUET_SUFFIX = ".parquet"
 PIECE_CHARACTERS = 2**16
 _READ_BYTES = 2**20
-_MAX_LINE_BYTES = 2**28
-_PARQUET_ROWS = 64
 _LOOK_BACK = 4096  # characters searched for a place to cut
-_BOM = "\ufeff"
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +73,11 @@ class Corpus:
                     offset += len(text)
 
     def _documents(self, path: Path) -> Iterator[tuple[str, Iterable[str]]]:
-        if path.suffix.lower() in JSONL_SUFFIXES:
-            yield from _jsonl_documents(path, self.text_field)
-        elif path.suffix.lower() == PARQUET_SUFFIX:
-            yield from _parquet_documents(path, self.text_field)
-        else:
+        if not has_records(path):
             yield str(path), _text_chunks(path)
+            return
+        for where, record in read_records(path, [self.text_field]):
+            yield where, (_field_text(record, self.text_field, where),)
 
     def fingerprints(self) -> list[dict[str, Any]]:
         """What each file holds, to tell later whether it is still the same."""
@@ -88,18 +90,8 @@ class Corpus:
         return all(map(_has_fingerprint, self.paths, stated))
 
 
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror or error}); check the file"
-        ) from None
-
-
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with _reading(path):
+    with reading(path):
         status = path.stat()
         return {
             "name": path.name,
@@ -110,7 +102,7 @@ def _fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _has_fingerprint(path: Path, stated: dict[str, Any]) -> bool:
-    with _reading(path):
+    with reading(path):
         status = path.stat()
         if status.st_size != stated.get("bytes"):
             return False
@@ -177,10 +169,10 @@ def _cutting_place(text: str, start: int, end: int) -> int:
 def _text_chunks(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
     offset = 0  # of the first byte that is not decoded yet
-    with _reading(path), path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         while data := file.read(_READ_BYTES):
             text, started = _decode(decoder, data, offset, path), offset > 0
-            yield text if started else text.removeprefix(_BOM)
+            yield text if started else text.removeprefix(BOM)
             offset += len(data)
         _decode(decoder, b"", offset, path)
 
@@ -190,94 +182,17 @@ def _decode(decoder: codecs.IncrementalDecoder, data: bytes, offset: int, path: 
     try:
         return decoder.decode(data, final=not data)
     except UnicodeDecodeError as error:
-        raise _not_utf8(str(path), error, offset - held) from None
+        raise not_utf8(str(path), error, offset - held) from None
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError, offset: int) -> UserError:
-    byte = error.object[error.start]
-    return UserError(
-        f"{where}: not UTF-8 at byte offset {offset + error.start} (0x{byte:02x}, {error.reason}); "
-        f"convert the file to UTF-8, or leave it out"
-    )
-
-
-def _jsonl_documents(path: Path, field: str) -> Iterator[tuple[str, Iterable[str]]]:
-    offset = 0
-    with _reading(path), path.open("rb") as file:
-        number = 0
-        while line := file.readline(_MAX_LINE_BYTES):
-            number += 1
-            where = f"{path} line {number}"
-            if len(line) == _MAX_LINE_BYTES:
-                raise UserError(f"{where}: longer than {_MAX_LINE_BYTES} bytes; split the record")
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise _not_utf8(where, error, offset) from None
-            text = text.removeprefix(_BOM) if number == 1 else text
-            if text.strip():
-                yield where, (_record_text(text, field, where),)
-            offset += len(line)
-
-
-def _record_text(line: str, field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not JSON ({error.msg} at column {error.colno}); mend or remove the line"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({first_line(error)}); remove the line") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object, found {type(record).__name__}")
+def _field_text(record: Record, field: str, where: str) -> str:
     if field not in record:
         fields = ", ".join(sorted(record)[:10]) or "none"
         raise UserError(f"{where}: no field {field!r} (found: {fields}); choose with --text-field")
-    return _checked_text(record[field], field, where)
-
-
-def _checked_text(value: Any, field: str, where: str) -> str:
+    value = record[field]
     if not isinstance(value, str):
         raise UserError(
             f"{where}: field {field!r} is {type(value).__name__}, expected text; "
             f"choose another with --text-field"
         )
-    try:
-        reject_surrogates(value)
-    except UserError as error:
-        raise UserError(f"{where}: field {field!r}: {error}") from None
-    return value
-
-
-def _parquet_documents(path: Path, field: str) -> Iterator[tuple[str, Iterable[str]]]:
-    try:
-        import pyarrow  # an extra: only a parquet file needs it
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            f"{path}: reading parquet needs pyarrow; run pip install 'gptopt[train]'"
-        ) from None
-    row = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            if field not in names:
-                raise UserError(
-                    f"{path}: no column {field!r} (found: {', '.join(names[:10])}); "
-                    f"choose with --text-field"
-                )
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[field]):
-                for value in batch.column(0):  # one at a time: rows may be large
-                    row += 1
-                    where = f"{path} row {row}"
-                    yield where, (_checked_text(value.as_py(), field, where),)
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} after row {row}: column {field!r} is not UTF-8 ({error})"
-        ) from None
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path} after row {row}: not readable as parquet ({first_line(error)}); "
-            f"copy the file again"
-        ) from None
+    return checked_text(value, field, where)

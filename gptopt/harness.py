@@ -29,9 +29,10 @@ class HarnessModel(LM):  # type: ignore[misc]  # untyped where the harness is no
     Args:
         model: model folder, run folder, Hugging Face folder or exported folder.
         checkpoint: of a run: best, last, or a step number.
-        device: of a PyTorch model; of an exported folder its provider.
+        on: device of a PyTorch model, such as cuda; of an exported folder its provider.
         precision: of an exported folder: which file runs.
-        batch_size, max_batch_size: the harness gives them; batches are chosen by memory instead.
+        device, batch_size, max_batch_size: what the harness gives to every model. They are not
+            used: its default device is a GPU, be there one or not, and memory chooses batches.
 
     Raises:
         UserError: the model cannot be used.
@@ -41,14 +42,15 @@ class HarnessModel(LM):  # type: ignore[misc]  # untyped where the harness is no
         self,
         model: str,
         checkpoint: str = "auto",
-        device: str | None = None,
+        on: str = "auto",
         precision: str = "auto",
+        device: str | None = None,
         batch_size: Any = None,
         max_batch_size: Any = None,
     ) -> None:
         super().__init__()
         self._model = open_likelihood(
-            model, checkpoint=str(checkpoint), device=device or "auto", precision=precision
+            model, checkpoint=str(checkpoint), device=on, precision=precision
         )
 
     def loglikelihood(

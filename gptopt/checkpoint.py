@@ -4,7 +4,6 @@ Only JSON and safetensors are ever read; nothing in a folder can run code.
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,17 +12,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptopt import hf, hub
 from gptopt.card import model_card
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError, first_line
-from gptopt.lora import Adapter, is_adapter, load_adapter, put_on
+from gptopt.lora import Adapter, is_adapter, load_adapter, put_on, save_adapter
 from gptopt.manifest import read_json, write_json, write_text
 from gptopt.model import GPT
 from gptopt.model.block import Impl
+from gptopt.tensors import write_tensors
 
 if TYPE_CHECKING:
     from gptopt.tokenizer import Tokenizer
@@ -50,33 +49,44 @@ class LoadedModel(NamedTuple):
 
 
 def save_model(
-    folder: Path, model: GPT, tokenizer: "Tokenizer | None", *, card: str | None = None
+    folder: Path,
+    model: GPT,
+    tokenizer: "Tokenizer | None",
+    *,
+    card: str | None = None,
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model folder; the caller stages it (`gptopt.manifest.staged_folder`).
 
     Where transformers knows the architecture, config.json and the weights have its names, and
-    `AutoModelForCausalLM.from_pretrained` loads the folder.
+    `AutoModelForCausalLM.from_pretrained` loads the folder. Of a model with an adapter (LoRA) only
+    the adapter is written, as PEFT would: its base has a folder already.
 
     Args:
         folder: an existing folder.
         model: its weights are written in the precision they have.
         tokenizer: saved beside it where there is one.
         card: Markdown that follows the facts of the model in README.md.
+        state: whole weights to write instead of the model's own, which may be changing meanwhile
+            or spread over ranks.
 
     Raises:
         ValueError: the model holds weights that a plain GPT does not have.
         OSError: the disk is full, or the folder is not writable.
     """
+    if model.lora is not None:
+        save_adapter(folder, model, state=state)
+        return
     config = model.config
     architecture = hf.architecture_of(config)
-    state = model.state_dict()
+    state = model.state_dict() if state is None else state
     _check_plain(config, state)
     shapes = {name: tensor.shape for name, tensor in state.items()}
     tensors: dict[str, Tensor] = {}
     for weight in hf.weights(config, architecture, shapes):
         for name, part in weight.split([state[own].detach() for own in weight.owns]).items():
             tensors[hf.stored_name(architecture, name)] = part
-    _write_weights(folder / WEIGHTS, tensors)
+    write_tensors(folder / WEIGHTS, tensors)
 
     names = ("bos", "eos", "pad")
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id", None) for name in names}
@@ -101,17 +111,6 @@ def _check_plain(config: ModelConfig, state: dict[str, Tensor]) -> None:
             f"the model's weights are not those of a plain GPT: "
             f"{_listed(set(state) ^ set(plain))}; unwrap it, or merge what was added to its layers"
         )
-
-
-def _write_weights(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write safetensors; a full disk is an OSError as everywhere else."""
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        code = re.search(r"\(os error (\d+)\)", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def load_model(

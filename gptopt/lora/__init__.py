@@ -5,20 +5,17 @@ The layers themselves are gptopt.model.lora; nothing here knows of training or o
 
 from gptopt.lora.folder import (
     Adapter,
-    Base,
-    base_of,
     is_adapter,
     load_adapter,
     put_on,
     save_adapter,
 )
-from gptopt.lora.layers import apply_lora, lora_parameters, merge_lora, names_of_layers
+from gptopt.lora.layers import apply_lora, begin, lora_parameters, merge_lora, names_of_layers
 
 __all__ = [
     "Adapter",
-    "Base",
     "apply_lora",
-    "base_of",
+    "begin",
     "is_adapter",
     "load_adapter",
     "lora_parameters",

@@ -6,24 +6,31 @@ the sha256 of the base's weights: an adapter means nothing on another base. (ada
 no place for it: PEFT warns of every key that it does not know.)
 """
 
-import hashlib
-import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gptopt import hf
 from gptopt.config import LoraOptions
 from gptopt.errors import UserError, first_line
-from gptopt.lora.layers import attach, in_any_block, lora_modules, names_of_layers, sites
+from gptopt.lora.layers import (
+    attach,
+    in_any_block,
+    lora_modules,
+    names_of_layers,
+    sites,
+    weights_sha256,
+)
 from gptopt.manifest import read_json, write_json
 from gptopt.model import GPT
+from gptopt.model.lora import Base, LowRank
+from gptopt.tensors import write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -43,18 +50,6 @@ _MUST_BE: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class Base(NamedTuple):
-    """The model that an adapter stands on.
-
-    Attributes:
-        name: its folder, or its name on the hub, as PEFT's base_model_name_or_path has it.
-        sha256: of its weights; None where an adapter does not tell.
-    """
-
-    name: str
-    sha256: str | None
-
-
 class Adapter(NamedTuple):
     """An adapter folder that was read: what it is, and its matrices by PEFT's names."""
 
@@ -69,43 +64,25 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
-def base_of(model: GPT, folder: Path | str) -> Base:
-    """A model as a base: its folder, absolute, and the sha256 of its weights."""
-    return Base(str(Path(folder).resolve()), weights_sha256(model))
-
-
-def weights_sha256(model: GPT) -> str:
-    """sha256 of a model's own weights, in float32, whatever files they lay in.
-
-    Names and shapes are part of it; what LoRA put beside the weights is not.
-    """
-    adapter = {id(p) for _, module in lora_modules(model) for p in module.parameters()}
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if id(parameter) in adapter:
-            continue
-        array = parameter.detach().float().cpu().contiguous().numpy()
-        digest.update(f"{name} {list(array.shape)}\n".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
-def save_adapter(folder: Path, model: GPT, base: Base) -> None:
+def save_adapter(folder: Path, model: GPT, *, state: Mapping[str, Tensor] | None = None) -> None:
     """Write a model's adapter, and nothing of its base; the caller stages the folder.
 
     Args:
         folder: an existing folder.
-        model: with an adapter (`gptopt.lora.apply_lora`).
-        base: what it stands on.
+        model: with an adapter whose base is known (`begin`, or a loaded adapter).
+        state: its tensors by the names of the model's parameters (None: the model's own).
 
     Raises:
         OSError: the disk is full, or the folder is not writable.
     """
     assert model.lora is not None
-    assert base.sha256 is not None
-    tensors = {name: value.detach().contiguous() for name, value in _named(model).items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt", _BASE: base.sha256})
-    write_json(folder / CONFIG, _config(model, model.lora, base))
+    assert model.base is not None
+    assert model.base.sha256 is not None
+    named = _named(model)
+    held = dict(model.named_parameters()) if state is None else state
+    tensors = {name: held[own].detach().contiguous() for name, own in named.items()}
+    write_tensors(folder / WEIGHTS, tensors, {_BASE: model.base.sha256})
+    write_json(folder / CONFIG, _config(model, model.lora, model.base))
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -159,6 +136,7 @@ def put_on(model: GPT, adapter: Adapter) -> GPT:
             f"has no place for; its layers are {', '.join(names_of_layers(model))}"
         )
     attach(model, adapter.options, wanted)
+    model.base = Base(adapter.base.name, found)
     _fill(model, adapter, names)
     return model
 
@@ -191,14 +169,16 @@ def _fill(model: GPT, adapter: Adapter, names: dict[str, str]) -> None:
                 parameter.copy_(tensor)
 
 
-def _named(model: GPT) -> dict[str, Tensor]:
-    """The adapter's matrices by the names that PEFT gives them."""
+def _named(model: GPT) -> dict[str, str]:
+    """The names that PEFT gives the adapter's matrices -> our parameters' names."""
     architecture = hf.architecture_of(model.config)
-    named: dict[str, Tensor] = {}
-    for _, module in lora_modules(model):
-        for part, a, b in zip(module.parts, module.a, module.b, strict=True):
+    named: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, LowRank):
+            continue
+        for index, part in enumerate(module.parts):
             stored = _PREFIX + hf.stored_name(architecture, part.name)
-            named |= {stored + _A: a, stored + _B: b}
+            named |= {stored + _A: f"{name}.a.{index}", stored + _B: f"{name}.b.{index}"}
     return named
 
 
@@ -239,24 +219,19 @@ def _targets(model: GPT) -> list[str]:
 def _options(values: dict[str, Any], path: Path) -> LoraOptions:
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     targets = values.get("target_modules") or []
+    for key, value in (("r", rank), ("lora_alpha", alpha)):
+        if type(value) not in (int, float) or not 0 < value < 2**24:
+            raise UserError(f"{path}: {key} is {value!r}, expected a number above 0")
     try:
         if values.get("use_rslora"):  # alpha / sqrt(r): Kalajdzievski 2023, arXiv:2312.03732
             alpha = alpha * rank**0.5
-        options = LoraOptions(
+        return LoraOptions(
             rank=rank,
             alpha=alpha,
             dropout=values.get("lora_dropout", 0.0),
             targets=",".join(targets) if isinstance(targets, list) else str(targets),
         )
-    except (ValidationError, TypeError, OverflowError) as error:
-        raise UserError(f"{path}: not a LoRA configuration ({_first(error)})") from None
-    if options.rank == 0:
-        raise UserError(f"{path}: r is 0, expected the rank of the adapter")
-    return options
-
-
-def _first(error: Exception) -> str:
-    if not isinstance(error, ValidationError):
-        return first_line(error)
-    detail = error.errors()[0]
-    return f"{'.'.join(map(str, detail['loc']))}={json.dumps(detail['input'])}: {detail['msg']}"
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {where}={first['input']!r}: {first['msg']}") from None

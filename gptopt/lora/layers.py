@@ -4,7 +4,9 @@ A GPT-2's q, k and v are one projection to transformers (c_attn) and a llama's a
 adapter made here has the very matrices that PEFT would make, and either can read the other's.
 """
 
+import hashlib
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,7 +16,7 @@ from gptopt import hf
 from gptopt.config import LoraOptions
 from gptopt.errors import UserError
 from gptopt.model import GPT
-from gptopt.model.lora import LowRank, Part
+from gptopt.model.lora import Base, LowRank, Part
 
 # Groups of --lora.targets -> our modules of a block.
 _GROUPS = {"attention": ("attn.qkv", "attn.proj"), "ffn": ("ffn.up", "ffn.gate", "ffn.down")}
@@ -100,6 +102,67 @@ def lora_parameters(model: GPT) -> list[nn.Parameter]:
     return [parameter for _, module in lora_modules(model) for parameter in module.parameters()]
 
 
+def begin(model: GPT, options: LoraOptions, start: GPT | None, folder: Path | None) -> GPT:
+    """Give a fresh model the weights that a run starts with, and the adapter it asks for.
+
+    Args:
+        model: a plain one, of the start's shape; changed in place and returned.
+        options: of the adapter; rank 0 is none, and an adapter of the start is then merged.
+        start: the model to start from, with or without an adapter, which is then trained on.
+        folder: where the start's base lies.
+
+    Raises:
+        UserError: an adapter without a model to adapt, or another one than the start has.
+    """
+    if options.rank and (start is None or folder is None):
+        raise UserError(
+            f"--lora.rank {options.rank}: LoRA adapts a trained model; name it with --init-from"
+        )
+    if start is None:
+        return model
+    if start.lora is not None and not options.rank:
+        start = merge_lora(start)
+    if start.lora is not None:
+        _refuse_other_adapter(model, options, start)
+        apply_lora(model, options)
+    # Copied, so that weights from any file lie in memory as a fresh model's do: the layout decides
+    # how a product rounds, and a resumed run repeats every bit.
+    model.load_state_dict(start.state_dict())
+    if options.rank and start.lora is None:
+        apply_lora(model, options)
+    if options.rank:
+        model.base = start.base or Base(str(Path(folder).resolve()), weights_sha256(model))
+    return model
+
+
+def _refuse_other_adapter(model: GPT, options: LoraOptions, start: GPT) -> None:
+    assert start.lora is not None
+    there = {part.name for _, module in lora_modules(start) for part in module.parts}
+    same = (options.rank, options.scale) == (start.lora.rank, start.lora.scale)
+    if not same or there != _chosen(model, options):
+        raise UserError(
+            f"--lora.rank {options.rank}: the model to start from has an adapter of rank "
+            f"{start.lora.rank}, alpha {start.lora.scale * start.lora.rank:g} on "
+            f"{start.lora.targets}; ask for the same, or merge it first, with gptopt merge"
+        )
+
+
+def weights_sha256(model: GPT) -> str:
+    """sha256 of a model's own weights, in float32, whatever files they lay in.
+
+    Names and shapes are part of it; what LoRA put beside the weights is not.
+    """
+    adapter = {id(p) for _, module in lora_modules(model) for p in module.parameters()}
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if id(parameter) in adapter:
+            continue
+        array = parameter.detach().float().cpu().contiguous().numpy()
+        digest.update(f"{name} {list(array.shape)}\n".encode())
+        digest.update(array.data)
+    return digest.hexdigest()
+
+
 @torch.no_grad()
 def merge_lora(model: GPT) -> GPT:
     """Add an adapter to the weights it stands beside, in place; the model is then a plain one."""
@@ -109,7 +172,7 @@ def merge_lora(model: GPT) -> GPT:
         layer.weight += module.update()
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own + _SUFFIX, None)
-    model.lora, model.lora_dropout = None, 0.0
+    model.lora, model.lora_dropout, model.base = None, 0.0, None
     return model.requires_grad_(True)
 
 

@@ -23,6 +23,7 @@ from gptopt.model.block import (
     is_plain,
 )
 from gptopt.model.embeddings import alibi_slopes, count_positions, rotary_tables, sinusoids
+from gptopt.model.lora import Base
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class GPT(nn.Module):
         self.dropout = config.dropout
         self.lora: LoraOptions | None = None  # what gptopt.lora put beside its layers
         self.lora_dropout = 0.0
+        self.base: Base | None = None  # what such an adapter stands on
         self.post = config.norm_position == "post"
         self._told = False
 

@@ -11,6 +11,18 @@ from torch import Tensor, nn
 from gptopt.kernels import dropout
 
 
+class Base(NamedTuple):
+    """The model that an adapter stands on.
+
+    Attributes:
+        name: its folder, or its name on the hub, as PEFT's base_model_name_or_path has it.
+        sha256: of its weights; None where an adapter does not tell.
+    """
+
+    name: str
+    sha256: str | None
+
+
 class Part(NamedTuple):
     """Rows of a layer that are one projection: q, k and v may lie in one layer, under each other.
 

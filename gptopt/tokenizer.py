@@ -78,7 +78,7 @@ class Tokenizer:
         self.size: int = files.checked_size(self._backend, spec, source)
         self.sha256: str = hashlib.sha256(content).hexdigest()
         with files.library_errors(source):
-            self.chat_template = files.chat_template(settings, source)
+            self.chat_template: str | None = files.chat_template(settings, source)
             self._characters = files.character_ids(spec)
             self._byte_level = (spec.get("decoder") or {}).get("type") == "ByteLevel"
             self._take_control_tokens(settings, files.unknown_token(spec))
@@ -200,14 +200,22 @@ class Tokenizer:
         return batch
 
     @property
+    def control_names(self) -> dict[str, str]:
+        """eos_token, bos_token, pad_token and, where there is one, mask_token."""
+        return dict(self._control_names)
+
+    @property
     def control_ids(self) -> tuple[int, ...]:
         """Every id that stands for no text."""
         return tuple(sorted(self._control))
 
-    def encode_with_control(self, text: str, only: Container[int] | None = None) -> list[int]:
+    def encode_with_control(
+        self, text: str, only: Container[int] | None = None, guard: str = ""
+    ) -> list[int]:
         """`encode`, but control tokens (or `only` these) are parsed out of the text.
 
-        For text that a program wrote, such as a chat template; never for a user's.
+        For text that a program wrote, such as a chat template; never for a user's. A `guard` is a
+        character that keeps a control token it stands in from being one; it is left out itself.
         """
         parsed = {
             token.content: (id_, token)
@@ -218,10 +226,10 @@ class Tokenizer:
         if parsed:
             for match in re.finditer(_any_of([token for _, token in parsed.values()]), text):
                 assert match.lastindex is not None
-                ids += self.encode(text[end : match.start()])
+                ids += self.encode(text[end : match.start()].replace(guard, ""))
                 ids.append(parsed[match[match.lastindex]][0])
                 end = match.end()
-        return ids + self.encode(text[end:])
+        return ids + self.encode(text[end:].replace(guard, ""))
 
     def _encode_characters(self, text: str) -> list[int]:
         # The same ids as the library's, many times faster; the library would drop what it lacks.

@@ -2,7 +2,16 @@
 
 from gptopt.data.masking import IGNORED, Masking
 from gptopt.data.prepare import open_dataset, tokenize
-from gptopt.data.sampler import Sampler
+from gptopt.data.sampler import ItemSampler, Sampler
 from gptopt.data.shards import Dataset, TokenSplit
 
-__all__ = ["IGNORED", "Dataset", "Masking", "Sampler", "TokenSplit", "open_dataset", "tokenize"]
+__all__ = [
+    "IGNORED",
+    "Dataset",
+    "ItemSampler",
+    "Masking",
+    "Sampler",
+    "TokenSplit",
+    "open_dataset",
+    "tokenize",
+]

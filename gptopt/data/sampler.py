@@ -3,6 +3,7 @@
 Nothing is drawn while training, so the position alone resumes a run exactly.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -28,47 +29,31 @@ def random_words(count: int, *entropy: int) -> npt.NDArray[np.uint64]:
     return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
 
 
-class Sampler:
-    """Offsets of training blocks: an epoch cuts the tokens at a new place and shuffles the blocks.
+class Order(ABC):
+    """Numbers of sequences in an order that is shuffled anew in every epoch.
 
-    A block is `block_size` inputs and the one token after them. The blocks of an epoch lie side by
-    side from a random start below `block_size`, so no input is seen twice in an epoch, and over the
-    epochs every token is seen in every place. A batch that reaches the end of an epoch goes on in
-    the next one.
-
-    `batch_size` counts the blocks of all ranks together: rank r takes the r-th of `world` parts, as
-    even as can be, so the batches do not depend on how many ranks share them.
-
-    Raises:
-        UserError: there are fewer than block_size + 1 tokens.
+    A batch that reaches the end of an epoch goes on in the next one. `batch_size` counts the
+    sequences of all ranks together: rank r takes the r-th of `world` parts, as even as can be, so
+    the batches do not depend on how many ranks share them.
     """
 
-    def __init__(
-        self,
-        n_tokens: int,
-        block_size: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        *,
-        split: str = "train",
-    ) -> None:
-        if n_tokens < block_size + 1:
-            raise UserError(
-                f"the {split} split has {n_tokens} tokens, a block needs block_size + 1 = "
-                f"{block_size + 1}; give more text or a smaller --model.block-size"
-            )
+    def __init__(self, batch_size: int, seed: int, rank: int, world: int) -> None:
         assert 0 <= rank < world <= batch_size
-        self._n_tokens = n_tokens
-        self._block_size = block_size
         self._batch_size = batch_size
         self._seed = seed
         self._rank = rank
         self._world = world
         self._epoch = 0
-        self._position = 0  # blocks of this epoch that all ranks together have taken
+        self._position = 0  # sequences of this epoch that all ranks together have taken
         self._order = self._epoch_order(0)
+
+    @abstractmethod
+    def _epoch_order(self, epoch: int) -> Int64s:
+        """All numbers of an epoch, shuffled."""
+
+    @abstractmethod
+    def _identity(self) -> dict[str, int]:
+        """What a saved position refers to."""
 
     @property
     def epoch(self) -> int:
@@ -81,16 +66,16 @@ class Sampler:
         return self._position
 
     def next(self) -> Int64s:
-        """The offsets of this rank's next blocks."""
+        """This rank's next numbers."""
         return self.part(self.take())
 
     def part(self, batch: Int64s) -> Int64s:
-        """Which of a whole batch's offsets are this rank's."""
+        """Which of a whole batch's rows are this rank's."""
         begin, end = (len(batch) * rank // self._world for rank in (self._rank, self._rank + 1))
         return batch[begin:end]
 
     def take(self) -> Int64s:
-        """The offsets (batch_size,) of the next blocks of all ranks."""
+        """The next numbers (batch_size,) of all ranks."""
         taken = []
         wanted = self._batch_size
         while wanted:
@@ -102,13 +87,6 @@ class Sampler:
             wanted -= len(part)
             taken.append(part)
         return np.concatenate(taken)
-
-    def _epoch_order(self, epoch: int) -> Int64s:
-        """The offsets of all blocks of an epoch, shuffled."""
-        starts = min(self._block_size, self._n_tokens - self._block_size)
-        start = int(random_words(1, self._seed, epoch, 0)[0] % np.uint64(starts))
-        blocks = (self._n_tokens - 1 - start) // self._block_size
-        return shuffled(blocks, self._seed, epoch, 1) * self._block_size + start
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what it refers to, ready for JSON. It is the same on every rank."""
@@ -137,9 +115,6 @@ class Sampler:
             )
         self._epoch, self._position, self._order = int(state["epoch"]), position, order
 
-    def _identity(self) -> dict[str, int]:
-        return {"n_tokens": self._n_tokens, "block_size": self._block_size, "seed": self._seed}
-
     @staticmethod
     def _counter(state: dict[str, Any], key: str) -> int:
         value = state.get(key)
@@ -149,3 +124,62 @@ class Sampler:
                 f"continue from another checkpoint"
             )
         return value
+
+
+class Sampler(Order):
+    """Offsets of training blocks: an epoch cuts the tokens at a new place and shuffles the blocks.
+
+    A block is `block_size` inputs and the one token after them. The blocks of an epoch lie side by
+    side from a random start below `block_size`, so no input is seen twice in an epoch, and over the
+    epochs every token is seen in every place.
+
+    Raises:
+        UserError: there are fewer than block_size + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        n_tokens: int,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        split: str = "train",
+    ) -> None:
+        if n_tokens < block_size + 1:
+            raise UserError(
+                f"the {split} split has {n_tokens} tokens, a block needs block_size + 1 = "
+                f"{block_size + 1}; give more text or a smaller --model.block-size"
+            )
+        self._n_tokens = n_tokens
+        self._block_size = block_size
+        super().__init__(batch_size, seed, rank, world)
+
+    def _epoch_order(self, epoch: int) -> Int64s:
+        """The offsets of all blocks of an epoch, shuffled."""
+        starts = min(self._block_size, self._n_tokens - self._block_size)
+        start = int(random_words(1, self._seed, epoch, 0)[0] % np.uint64(starts))
+        blocks = (self._n_tokens - 1 - start) // self._block_size
+        return shuffled(blocks, self._seed, epoch, 1) * self._block_size + start
+
+    def _identity(self) -> dict[str, int]:
+        return {"n_tokens": self._n_tokens, "block_size": self._block_size, "seed": self._seed}
+
+
+class ItemSampler(Order):
+    """The numbers 0 .. count - 1, each once in an epoch."""
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        assert count > 0
+        self._count = count
+        super().__init__(batch_size, seed, rank, world)
+
+    def _epoch_order(self, epoch: int) -> Int64s:
+        return shuffled(self._count, self._seed, epoch)
+
+    def _identity(self) -> dict[str, int]:
+        return {"count": self._count, "seed": self._seed}

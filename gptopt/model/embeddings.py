@@ -25,6 +25,14 @@ def count_positions(attention_mask: Tensor, past_length: int) -> Tensor:
     return counted[:, past_length:]
 
 
+def document_positions(doc_ids: Tensor) -> Tensor:
+    """Position ids (B, S) int64 that begin at 0 wherever doc_ids (B, S) change."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device)
+    begins = torch.zeros_like(doc_ids, dtype=torch.int64)
+    begins[:, 1:] = torch.where(doc_ids[:, 1:] != doc_ids[:, :-1], index[1:], 0)
+    return index - begins.cummax(dim=1).values
+
+
 def _angles(positions: Tensor, width: int, base: float) -> Tensor:
     """positions (B, T) times the frequencies base^(-2i / width): (B, T, width / 2) fp32."""
     even = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)

@@ -22,7 +22,13 @@ from gptopt.model.block import (
     Shared,
     is_plain,
 )
-from gptopt.model.embeddings import alibi_slopes, count_positions, rotary_tables, sinusoids
+from gptopt.model.embeddings import (
+    alibi_slopes,
+    count_positions,
+    document_positions,
+    rotary_tables,
+    sinusoids,
+)
 from gptopt.model.lora import Base
 
 logger = logging.getLogger(__name__)
@@ -136,8 +142,9 @@ class GPT(nn.Module):
                 without ever holding the logits, which are then None.
             attention_mask: (B, S) bool or int, nonzero = real token, S = P + T.
             position_ids: (B, T) int64. Without them real tokens are counted from 0, so padding on
-                either side shifts nothing; without a mask they are P .. P + T - 1.
-            doc_ids: (B, S) int, attention stays within equal ids.
+                either side shifts nothing; without a mask they are P .. P + T - 1. With doc_ids
+                they begin at 0 with every document.
+            doc_ids: (B, S) int, attention stays within equal ids, which lie side by side.
             past: per layer the keys and values of P earlier tokens, each (B, K, P, D). Or a
                 StaticCache, for generation: it is written in place behind each row's own tokens,
                 and counting them (StaticCache.advance) is the caller's.
@@ -198,6 +205,8 @@ class GPT(nn.Module):
         elif self.position != "none":
             if position_ids is not None:
                 positions = position_ids
+            elif doc_ids is not None:
+                positions = document_positions(doc_ids)[:, P:]
             elif key_mask is not None:
                 positions = count_positions(key_mask, P)
             else:

@@ -42,7 +42,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_kv_head": 2, "bias": False,
     },
 }  # fmt: skip
-FORMS = (("standard", "fp32"), ("portable", "fp32"), ("ort-cpu", "fp32"), ("portable", "q4"))
+FORMS = (
+    ("standard-growing", "fp32"), ("portable", "fp32"), ("ort-cpu", "fp32"), ("portable", "q4"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,7 +208,9 @@ class _Run:
         types = {each.name: each.type for each in session.get_inputs()}
         found = []
         for feeds, steps in plays:
-            values = dict(zip(outputs, session.run(outputs, inputs(feeds, types)), strict=True))
+            values = dict(
+                zip(outputs, session.run(outputs, inputs(feeds, types, self.file)), strict=True)
+            )
             found += self._first(feeds, checks, steps, values, nodes)
         return found
 

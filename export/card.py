@@ -8,6 +8,7 @@ from gptopt.config import ModelConfig
 _ATTENTION = {
     "gqa": "com.microsoft.GroupQueryAttention",
     "standard": "the standard Attention",
+    "scatter": "the standard Attention, TensorScatter filling its cache",
     "primitives": "MatMul and Softmax",
 }
 
@@ -85,15 +86,15 @@ def _facts(config: ModelConfig, report: Mapping[str, Any]) -> str:
 
 
 def _usage(config: ModelConfig, report: Mapping[str, Any], tokenizer: bool) -> str:
-    attention, right = report["graph"]["attention"] == "gqa", report["padding"] == "right"
+    static, right = report["cache"] == "static", report["padding"] == "right"
     inputs = "`input_ids`, `attention_mask` and `position_ids` (int64)"
     if not config.causal:
         return f"The graph takes {inputs} and gives `logits`."
     graph = (
         f"One graph serves prefill and decode. It takes {inputs} and the cache "
-        f"`past_key_values.{{i}}.key|value`, empty at first, and gives `logits` and "
+        f"`past_key_values.{{i}}.key|value`, {_AT_FIRST[static]}, and gives `logits` and "
         f"`present.{{i}}.key|value`. `position_ids` count real tokens from 0: "
-        f"`cumsum(attention_mask) - 1`. {_CACHES[attention, right]}"
+        f"`cumsum(attention_mask) - 1`. {_CACHES[report['cache'], right]}"
     )
     if not tokenizer:
         return f"The folder holds no tokenizer.\n\n{graph}"
@@ -102,7 +103,7 @@ def _usage(config: ModelConfig, report: Mapping[str, Any], tokenizer: bool) -> s
         "pip install 'gptopt[edge]'\n"
         'gptopt run THIS_FOLDER --prompt "Once upon a time"\n'
         "```\n\n"
-        "The same folder is laid out for onnxruntime-genai, transformers.js and optimum-onnx."
+        f"The same folder is laid out for {_CLIENTS[static]}."
     )
     return f"{commands}\n\n{graph}"
 
@@ -112,11 +113,19 @@ _ONE_BUFFER = (
     "One buffer may be bound as past and present; several tokens behind a cache are fed to one "
     "row at a time."
 )
+_AT_FIRST = {False: "empty at first", True: "zeros at first"}
+_CLIENTS = {
+    False: "onnxruntime-genai, transformers.js and optimum-onnx",
+    True: "onnxruntime-genai",
+}
 _CACHES = {
-    (False, False): _ANYWHERE,
-    (True, False): f"{_ANYWHERE} {_ONE_BUFFER}",
-    (True, True): f"Rows are padded on the right, and the next token of a row takes the place of "
-    f"its padding. {_ONE_BUFFER}",
+    ("growing", False): _ANYWHERE,
+    ("static", False): f"{_ANYWHERE} The cache has `max_sequence_length` columns from the first "
+    f"call to the last, at least as many as the text will have; one buffer, bound as past and "
+    f"present, is written in place. `attention_mask` is as long as the text so far.",
+    ("shared", False): f"{_ANYWHERE} {_ONE_BUFFER}",
+    ("shared", True): f"Rows are padded on the right, and the next token of a row takes the place "
+    f"of its padding. {_ONE_BUFFER}",
 }
 
 

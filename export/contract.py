@@ -11,6 +11,7 @@ BATCH = "batch_size"
 SEQUENCE = "sequence_length"  # T, the new tokens
 PAST = "past_sequence_length"  # P, the tokens in the cache
 TOTAL = "total_sequence_length"  # S = P + T
+CAPACITY = "max_sequence_length"  # M, the columns of a static cache, at least S
 
 KEEP = "num_logits_to_keep"  # optional input: how many last positions are scored, 0: all
 
@@ -21,6 +22,7 @@ class Contract:
 
     A causal model has a cache: layer i reads past_key_values.{i}.key|value and writes
     present.{i}.key|value. A bidirectional one has none, and its mask is as long as its input.
+    A static cache comes back as long as it came in.
     """
 
     n_layer: int
@@ -28,9 +30,10 @@ class Contract:
     head_size: int
     vocab_size: int
     causal: bool
+    static: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Self:
+    def of(cls, config: ModelConfig, *, static: bool = False) -> Self:
         """The contract of a model with these sizes."""
         assert config.vocab_size is not None
         return cls(
@@ -39,6 +42,7 @@ class Contract:
             head_size=config.head_size,
             vocab_size=config.vocab_size,
             causal=config.causal,
+            static=static,
         )
 
     def inputs(self) -> dict[str, Dims]:
@@ -49,12 +53,12 @@ class Contract:
             "attention_mask": (BATCH, mask),
             "position_ids": (BATCH, SEQUENCE),
         }
-        return tokens | self._cache("past_key_values", PAST)
+        return tokens | self._cache("past_key_values", CAPACITY if self.static else PAST)
 
     def outputs(self) -> dict[str, Dims]:
         """Output name -> dimensions, all float."""
         logits: dict[str, Dims] = {"logits": (BATCH, SEQUENCE, self.vocab_size)}
-        return logits | self._cache("present", TOTAL)
+        return logits | self._cache("present", CAPACITY if self.static else TOTAL)
 
     def _cache(self, name: str, length: str) -> dict[str, Dims]:
         layers = range(self.n_layer if self.causal else 0)

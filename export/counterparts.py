@@ -101,6 +101,7 @@ def _attention(node: ir.Node) -> Iterator[Check]:
             number = told[2]
     gqa = node.domain == MICROSOFT
     inputs = [*node.inputs, *[None] * 11]
+    inputs[1:3] = [_written(value) for value in inputs[1:3]]
     for part, value in zip("qkv", inputs[:3], strict=True):
         if value is None or inputs[1] is None:  # packed
             continue
@@ -116,6 +117,15 @@ def _attention(node: ir.Node) -> Iterator[Check]:
         yield Check(inputs[6], ("total length", number), node)
     yield Check(inputs[10 if gqa else 3], ("mask", number), node)
     yield Check(node.outputs[0], ("attention", number), node)
+
+
+def _written(value: ir.Value | None) -> ir.Value | None:
+    """The new keys or values, where a static cache is cut for the attention."""
+    cut = None if value is None else value.producer()
+    if cut is None or cut.op_type != "Slice" or cut.inputs[0] is None:
+        return value
+    scatter = cut.inputs[0].producer()
+    return value if scatter is None or scatter.op_type != "TensorScatter" else scatter.inputs[1]
 
 
 def _number(node: ir.Node) -> str:

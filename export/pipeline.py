@@ -63,8 +63,9 @@ def build_graph(model: nn.Module, config: ModelConfig, build: Build) -> ir.Model
     """
     contract = Contract.of(config)
     logger.info("exporting %s for %s", type(model).__name__, build.target.name)
-    program = trace(model, contract)
+    program = build.program = build.program or trace(model, contract)
     build.target = fit(program, build.target, build.notes)
+    contract = Contract.of(config, static=build.target.cache == "static")
     build.done("trace")
     graph = lower(program, contract, build.target)
     build.done("lower", graph)

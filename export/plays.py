@@ -9,6 +9,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from gptopt.export.contract import Contract
 from gptopt.export.counterparts import Check
@@ -51,14 +52,16 @@ def typed(feeds: Feeds, weights: Mapping[str, Tensor]) -> Feeds:
     return feeds._replace(past=[(k.to(dtype), v.to(dtype)) for k, v in feeds.past])
 
 
-def inputs(feeds: Feeds, types: Mapping[str, str]) -> dict[str, npt.NDArray[Any]]:
+def inputs(feeds: Feeds, types: Mapping[str, str], file: EdgeFile) -> dict[str, npt.NDArray[Any]]:
     """What a session is given."""
+    room = feeds.ids.shape[1] if file.cache == "static" else 0
     given = {
         "input_ids": feeds.ids, "attention_mask": feeds.mask, "position_ids": feeds.positions,
     }  # fmt: skip
     for layer, pair in enumerate(feeds.past):
         for part, tensor in zip(("key", "value"), pair, strict=True):
             name = f"past_key_values.{layer}.{part}"
+            tensor = functional.pad(tensor, (0, 0, 0, room))
             given[name] = tensor.half() if "float16" in types.get(name, "") else tensor
     return {name: tensor.numpy() for name, tensor in given.items() if name in types}
 

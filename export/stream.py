@@ -99,7 +99,8 @@ def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) ->
     Raises:
         CheckFailed: onnxruntime refuses the file, or the contract is broken.
     """
-    _check_names(path, Contract.of(config))
+    file = file or EdgeFile()
+    _check_names(path, Contract.of(config, static=file.cache == "static"))
     assert config.vocab_size is not None
     sizes = EdgeConfig(
         n_layer=config.n_layer,
@@ -111,7 +112,7 @@ def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) ->
         causal=config.causal,
         eos_ids=[],
     )
-    return Session(path, sizes, "cpu", file=file or EdgeFile())
+    return Session(path, sizes, "cpu", file=file)
 
 
 def _check_names(path: Path, contract: Contract) -> None:

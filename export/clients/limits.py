@@ -29,11 +29,11 @@ _EVERY = ("greedy", "left padding", "right padding", "text")
 LIMITS = (
     Limit(
         "one row", "openvino", ("Reshape", "inputProduct == outputProduct"), _EVERY[1:3],
-        "runs GroupQueryAttention for one row at a time; use --target standard for batches",
+        "runs GroupQueryAttention for one row at a time; use --target standard-growing for batches",
     ),
     Limit(
         "no softcap", "openvino", ("GroupQueryAttention: softcap is not supported",), _EVERY,
-        "converts no GroupQueryAttention with attn_softcap; use --target standard",
+        "converts no GroupQueryAttention with attn_softcap; use --target standard-growing",
     ),
     Limit(
         "no quantised embedding", "transformers.js-web",

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 import gptopt
 from gptopt.errors import UserError, first_line
 from gptopt.export.contract import Contract
-from gptopt.export.lowering import attention, ffn, gqa, layernorm, rotary
+from gptopt.export.lowering import attention, ffn, gqa, layernorm, rotary, scatter
 from gptopt.export.lowering.constants import embed_constants
 from gptopt.export.notes import Notes
 from gptopt.export.targets import Target
@@ -40,10 +40,13 @@ def table(target: Target) -> Table:
 
 
 def fit(program: ExportedProgram, target: Target, notes: Notes) -> Target:
-    """The target as this model can use it: one that GroupQueryAttention refuses does without."""
+    """The target as this model can use it: without an operator, or a cache, that refuses it."""
     if target.attention == "gqa" and (reason := gqa.obstacle(program)) is not None:
         notes.add("lower", "attention", "the standard Attention operator", reason)
-        return target.without_gqa()
+        return target.growing()
+    if target.attention == "scatter" and (reason := scatter.obstacle(program)) is not None:
+        notes.add("lower", "cache", "no static cache", reason)
+        return target.growing()
     return target
 
 
@@ -127,7 +130,7 @@ def _apply_contract(model: ir.Model, contract: Contract) -> None:
             assert value.shape is not None
             for found, dim in zip(value.shape, wanted, strict=True):
                 if isinstance(dim, str) and isinstance(found, ir.SymbolicDim) and found.value:
-                    names[found.value] = dim
+                    names.setdefault(found.value, dim)  # an output may be longer than its text
             value.name, value.shape = name, ir.Shape(wanted)
     for node in model.graph:
         for value in node.outputs:

@@ -7,7 +7,7 @@ there is a cache. One additive mask says it all (mask.py).
 from collections.abc import Callable
 from typing import Any
 
-from gptopt.export.lowering import gqa
+from gptopt.export.lowering import gqa, scatter
 from gptopt.export.lowering.mask import Call, bias
 from gptopt.export.lowering.ops import Value, ints, op, size
 from gptopt.export.lowering.ops import attention as standard_attention
@@ -16,9 +16,9 @@ from gptopt.export.targets import Target
 
 def lowering(target: Target) -> Callable[..., tuple[Value, ...]]:
     """What gptopt::attention becomes for a target."""
-    form = {"standard": _standard, "primitives": _primitives, "gqa": gqa.with_bias}[
-        target.attention
-    ]
+    form = {
+        "standard": _standard, "scatter": _static, "primitives": _primitives, "gqa": gqa.with_bias
+    }[target.attention]  # fmt: skip
     if target.attention == "gqa" and target.padding == "right":
         form = gqa.compact
 
@@ -54,17 +54,27 @@ def lowering(target: Target) -> Callable[..., tuple[Value, ...]]:
 
 def _standard(call: Call) -> tuple[Value, ...]:
     added = bias(call)
-    attributes: dict[str, Any] = {"scale": call.scale}
-    if call.softcap is not None:
-        attributes["softcap"] = call.softcap  # applied before the mask, as the operator does
     out, present_k, present_v, _ = standard_attention(
-        call.q, call.k, call.v, added, call.past_k, call.past_v, **attributes
+        call.q, call.k, call.v, added, call.past_k, call.past_v, **_attributes(call)
     )
     if call.past_k is None:
         present_k, present_v = op.Identity(call.k), op.Identity(call.v)
     # The op's signature has a lse; where nobody reads it, nothing of it stays.
     lse = _lse(_scores(call, present_k, added)) if call.need_lse else op.Identity(call.q)
     return out, present_k, present_v, lse
+
+
+def _static(call: Call) -> tuple[Value, ...]:
+    added = bias(call)
+    keys, values, present_k, present_v = scatter.write(call)
+    out, *_ = standard_attention(call.q, keys, values, added, **_attributes(call))
+    lse = _lse(_scores(call, keys, added)) if call.need_lse else op.Identity(call.q)
+    return out, present_k, present_v, lse
+
+
+def _attributes(call: Call) -> dict[str, Any]:
+    """Of the standard operator, which caps scores before it masks them, as ours does."""
+    return {"scale": call.scale} | ({} if call.softcap is None else {"softcap": call.softcap})
 
 
 def _primitives(call: Call) -> tuple[Value, ...]:

@@ -67,6 +67,9 @@ microsoft_rotary_embedding = _contrib(
     ["output"],
     {"num_heads": _INT, "rotary_embedding_dim": _INT, "interleaved": _INT},
 )
+tensor_scatter = values.Op(
+    values.Opset("", 24), "TensorScatter", onnx.defs.get_schema("TensorScatter", 24)
+)
 # onnxruntime keeps this one in the standard domain, where the onnx package does not know it.
 simplified_layer_normalization = _contrib(
     "SimplifiedLayerNormalization", ["X", "scale"], ["Y"], {"axis": _INT, "epsilon": _REAL},

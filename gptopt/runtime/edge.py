@@ -155,7 +155,7 @@ class EdgeModel:
                 f"{self._folder}: is a masked language model without a cache, it cannot generate; "
                 f"export a causal model"
             )
-        kind = SharedCache if self.file.cache == "shared" else GrowingCache
+        kind = GrowingCache if self.file.cache == "growing" else SharedCache
         return kind(self._session, rows, self.block_size, self._identify)
 
     def load_cache(self, path: Path | str) -> Cache:

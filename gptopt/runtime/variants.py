@@ -24,7 +24,8 @@ class EdgeFile(BaseModel):
     Attributes:
         file: path inside the folder.
         cache: "shared" where one buffer may be bound as past and present, written in place;
-            "growing" where present is a new, longer tensor.
+            "static" where it must be, as long as all that will be read, for present is as long as
+            past; "growing" where present is a new, longer tensor.
         cache_dtype: of keys and values; none: that of the logits.
         padding: "any", or "right": a row's tokens lie at the beginning of its part of the cache.
         scores: of "all" positions, or of the "last" one only.
@@ -33,7 +34,7 @@ class EdgeFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     file: str = Field(MODEL_FILE, pattern=f"^{_NAME.pattern}$")
-    cache: Literal["shared", "growing"] = "growing"
+    cache: Literal["shared", "static", "growing"] = "growing"
     cache_dtype: Literal["float32", "float16", "int8"] | None = None
     padding: Literal["any", "right"] = "any"
     scores: Literal["all", "last"] = "all"

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from random_models import random_gpt
 
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.targets import STANDARD
+from gptopt.export.targets import GROWING
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -27,7 +27,7 @@ def _one_thread():
 def export(tmp_path_factory):
     """Write the graph of a model; the path of the ONNX file, and how the target was fitted."""
 
-    def run(model, target=STANDARD, told=False):
+    def run(model, target=GROWING, told=False):
         path = tmp_path_factory.mktemp("graph") / "model.onnx"
         build = Build(target)
         ir.save(build_graph(model, model.config, build), path)

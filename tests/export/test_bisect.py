@@ -20,7 +20,7 @@ from gptopt.export.write import save
 
 # A few kinds for each form; all of them are in the committed table.
 SOME = {
-    "gpt2-standard-fp32": ("keys and values swapped", "epsilon", "position", "head untied"),
+    "gpt2-standard-growing-fp32": ("keys and values swapped", "epsilon", "position", "head untied"),
     "llama-portable-fp32": ("mask removed", "activation", "rotary pairs", "another layers weight"),
     "gpt2-portable-q4": ("block scale", "codes moved", "bias dropped", "tokens miscounted"),
 }
@@ -54,7 +54,7 @@ def test_a_right_graph_departs_nowhere_and_a_wrong_one_where_it_was_changed(case
 
 
 def test_layer_operator_error_and_budget_are_told_in_a_line(cases, tmp_path):
-    case = cases["gpt2-standard-fp32"]
+    case = cases["gpt2-standard-growing-fp32"]
     graph = ir.load(case.path)
     weight = graph.graph.initializers["blocks.1.ffn.up.weight"]
     (node,) = weight.consumers()

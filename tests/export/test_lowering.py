@@ -11,7 +11,7 @@ from torch.export import Dim
 from gptopt.errors import UserError
 from gptopt.export.lowering import translate
 from gptopt.export.passes import clean
-from gptopt.export.targets import STANDARD
+from gptopt.export.targets import GROWING
 from gptopt.export.trace import quiet
 from gptopt.kernels import attention, ffn, layernorm, rotary
 
@@ -34,7 +34,7 @@ def run(function, axes, *tensors):
         program = torch.export.export(
             Function(function), tensors, dynamic_shapes=(dynamic,), strict=False
         )
-    model = clean(translate(program, STANDARD))
+    model = clean(translate(program, GROWING))
     names = [value.name for value in model.graph.inputs]
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]

@@ -15,7 +15,7 @@ import gptopt.export.package as package
 from gptopt.config import SamplingOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export import export_model
-from gptopt.export.targets import PORTABLE, STANDARD
+from gptopt.export.targets import GROWING, PORTABLE
 from gptopt.manifest import verify_manifest
 from gptopt.runtime import EdgeModel
 from gptopt.tokenizer import Tokenizer
@@ -159,7 +159,7 @@ def spoiled(gpt2, monkeypatch):
     model, path = gpt2
 
     def wrong(model, config, build):
-        build.target = STANDARD
+        build.target = GROWING
         graph = ir.load(path)
         weight = graph.graph.initializers["blocks.1.ffn.down.weight"]
         weight.const_value = ir.tensor(weight.const_value.numpy() * np.float32(1.01))

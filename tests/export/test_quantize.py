@@ -22,7 +22,7 @@ from gptopt.export.precisions import (
     find_precisions,
 )
 from gptopt.export.quantize import dividing_block, quantize_graph
-from gptopt.export.targets import ORT_CPU, PORTABLE, STANDARD
+from gptopt.export.targets import GROWING, ORT_CPU, PORTABLE
 from gptopt.export.write import save
 from gptopt.kernels.quantization import (
     Blocks,
@@ -56,7 +56,7 @@ def llama():
 @pytest.fixture(scope="module")
 def standard(llama):
     model, _ = llama
-    return build_graph(model, model.config, Build(STANDARD))
+    return build_graph(model, model.config, Build(GROWING))
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_positions_are_computed_in_float32_and_logits_leave_in_it(standard):
     assert kinds["past_key_values.0.key"] == kinds["present.1.value"] == ir.DataType.FLOAT16
 
 
-@pytest.mark.parametrize("target", [PORTABLE, STANDARD], ids=["portable", "standard"])
+@pytest.mark.parametrize("target", [PORTABLE, GROWING], ids=["portable", "growing"])
 def test_a_row_of_padding_only_stays_finite_in_float16(target, ids, tmp_path):
     model = random_gpt(position="alibi")
     graph = build_graph(model, model.config, Build(target))

@@ -1,7 +1,7 @@
 """What the user sees: results on stdout, progress and messages on stderr.
 
-On a terminal progress is one live line; elsewhere it is a plain line now and then. NO_COLOR is
-honoured by rich. Modules log through `logging.getLogger(__name__)`; this module only shows it.
+On a terminal progress is one live line; elsewhere it is a plain line now and then. Modules log
+through `logging.getLogger(__name__)`; this module only shows it.
 """
 
 import contextlib

@@ -37,11 +37,18 @@ VERBS = {
     "plot": Verb("gptopt.training.plot:plot", "PlotOptions", "runs", extra="train"),
     "generate": Verb("gptopt.generate:generate", "GenerateOptions", "model", extra="train"),
     "evaluate": Verb("gptopt.evaluate:evaluate", "EvaluateOptions", "model", extra="train"),
-    "export": Verb("gptopt.export.verbs:export", "ExportOptions", "model", extra="train,export"),
+    "merge": Verb("gptopt.lora.verb:merge", "config_export:MergeOptions", "model", extra="train"),
+    "export": Verb(
+        "gptopt.export.verbs:export", "config_export:ExportOptions", "model", extra="train,export"
+    ),
     "validate": Verb(
-        "gptopt.export.verbs:validate", "ValidateOptions", "folder", extra="train,export"
+        "gptopt.export.verbs:validate",
+        "config_export:ValidateOptions",
+        "folder",
+        extra="train,export",
     ),
     "run": Verb("gptopt.runtime.verbs:run", "RunOptions", "folder", extra="edge"),
+    "chat": Verb("gptopt.chat:chat", "config_chat:ChatOptions", "model", extra="train,edge"),
     "bench": Verb("gptopt.bench.verb:bench", "config_machine:BenchOptions", "what", extra="train"),
     "bench inference": Verb(
         "gptopt.bench.inference:inference",

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gptopt.checkpoint import LoadedModel, load_model
-from gptopt.config import ExportOptions, ValidateOptions
+from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.bisect import explain
 from gptopt.export.calibration import Calibration

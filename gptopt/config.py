@@ -273,7 +273,8 @@ class SamplingOptions(Options):
 class GenerateOptions(SamplingOptions):
     """Continue a prompt with a PyTorch model."""
 
-    model: str = Field(description="model folder, run folder, Hugging Face folder or hf:org/name")
+    model: str = Field(description="model, run, adapter or Hugging Face folder, or hf:org/name")
+    adapter: str | None = Field(None, description="LoRA adapter or its run, to put on the model")
     prompt: list[str] = Field(description="text to continue; repeat the flag for a batch")
     checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
     context: Literal["error", "slide"] = Field(
@@ -289,7 +290,12 @@ class GenerateOptions(SamplingOptions):
 class EvaluateOptions(Options):
     """Loss and perplexity of a model, or of an exported folder, on text."""
 
-    model: str = Field(description="model, run, Hugging Face or exported folder, or hf:org/name")
+    model: str = Field(
+        description="model, run, adapter, Hugging Face or exported folder, or hf:org/name"
+    )
+    adapter: str | None = Field(
+        None, description="LoRA adapter to put on the model; of an exported folder: its name there"
+    )
     data: list[str] = Field(
         default_factory=list, description="a data folder, or text, jsonl or parquet"
     )
@@ -326,6 +332,7 @@ class RunOptions(SamplingOptions):
     )
     provider: str = Field("cpu", description="onnxruntime execution provider, such as cpu or cuda")
     precision: str = Field("auto", description="which file runs, such as q4 (auto: the first)")
+    adapter: str | None = Field(None, description="which of the folder's LoRA adapters is on")
     threads: int = Field(
         0, ge=0, description="threads of onnxruntime (0: as tuned, else one per core)"
     )

@@ -175,8 +175,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     split = _choose(dataset, options.split)
     total = _tokens_of(split, options.max_tokens)
     started = time.perf_counter()
-    windows = list(_windows(total, block_size, options.batch_size))
-    loss, tokens = _mean_loss(score, split, windows, show=True)
+    batches = list(windows(total, block_size, options.batch_size))
+    loss, tokens = _mean_loss(score, split, batches, show=True)
     seconds = time.perf_counter() - started
     if not math.isfinite(loss):
         raise CheckFailed(
@@ -220,8 +220,9 @@ def _open_torch(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[
 
     device = resolve_device(options.device)
     loaded = load_model(
-        options.model, checkpoint=options.checkpoint, device=device, kernels=options.kernels
-    )
+        options.model, checkpoint=options.checkpoint, device=device, kernels=options.kernels,
+        adapter=options.adapter,
+    )  # fmt: skip
     if loaded.tokenizer is None:
         raise UserError(
             f"{loaded.folder}: has no tokenizer.json, so its ids cannot be compared with the "

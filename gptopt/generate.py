@@ -93,8 +93,9 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         raise UserError(f"{options.model}: is an exported folder; use gptopt run")
     device = resolve_device(options.device)
     loaded = load_model(
-        options.model, checkpoint=options.checkpoint, device=device, kernels=options.kernels
-    )
+        options.model, checkpoint=options.checkpoint, device=device, kernels=options.kernels,
+        adapter=options.adapter,
+    )  # fmt: skip
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{loaded.folder}: has no tokenizer.json, so it cannot read a prompt")

@@ -8,7 +8,7 @@ import torch
 from random_models import random_gpt
 
 from gptopt.checkpoint import save_model
-from gptopt.config import ExportOptions, ValidateOptions
+from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.precisions import Allowed, allowed_of

@@ -6,7 +6,7 @@ import pytest
 from random_models import random_gpt
 
 from gptopt.checkpoint import save_model
-from gptopt.config import ExportOptions, ValidateOptions
+from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.verbs import export, validate
 from gptopt.tokenizer import Tokenizer

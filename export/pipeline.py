@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 from torch import nn
+from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
 from gptopt.export.contract import Contract
@@ -35,12 +36,14 @@ class Build:
         target: as this model can use it, see `lowering.fit`.
         seconds: how long each stage took.
         keep: folder that receives what each stage leaves; None keeps nothing.
+        program: the recorded model, where another target needed it before.
     """
 
     target: Target
     notes: Notes = field(default_factory=Notes)
     seconds: dict[str, float] = field(default_factory=dict)
     keep: Path | None = None
+    program: ExportedProgram | None = None
     _started: float = field(default_factory=time.monotonic)
 
     def done(self, stage: str, graph: ir.Model | None = None) -> None:

@@ -103,7 +103,7 @@ class Checkpoints:
         return self.folder / target if _NAME.fullmatch(target) else None
 
     def prune(self, keep: int, every: int = 0) -> None:
-        """Remove all but `best`, `latest`, the newest `keep` beside them, and each `every` steps'."""
+        """Remove all but `best`, `latest`, the newest `keep` beside it, and each `every` steps'."""
         best, latest = self.pointed("best"), self.pointed("latest")
         found = self.all()
         for_good = {folder for folder in found if every and step_of(folder) % every == 0}

@@ -7,6 +7,7 @@ ever waits for it.
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -135,6 +136,27 @@ class World:
         return value
 
 
+ALONE = World()
+
+
+def micro_batches(sequences: int, batch_size: int, world: int) -> int:
+    """Into how many micro-batches a step's sequences are cut: as few as `batch_size` allows.
+
+    What a step reads does not depend on how many ranks share it.
+
+    Raises:
+        UserError: there are more ranks than sequences.
+    """
+    if sequences < world:
+        raise UserError(
+            f"the run has {sequences} sequences a step, which {world} ranks cannot share; start at"
+            f" most {sequences}"
+        )
+    counts = [n for n in range(1, sequences // world + 1) if sequences % n == 0]
+    fitting = (n for n in counts if -(-sequences // n // world) <= batch_size)
+    return next(fitting, counts[-1])
+
+
 @dataclass(frozen=True)
 class Launch:
     """What torchrun says about a process that it started."""
@@ -210,6 +232,10 @@ def join_world(options: LoopOptions) -> Iterator[World]:
     device = torch.device(rank_device(options.device, launch))
     store = _connect(launch, device, timedelta(seconds=options.timeout_seconds))
     parallel: Parallel = "fsdp" if options.parallel == "fsdp" else "ddp"
+    logger = logging.getLogger("gptopt")
+    level = logger.level
+    if launch.rank > 0:  # what rank 0 says is said for all
+        logger.setLevel(logging.ERROR)
     try:
         groups = [_gloo(options.timeout_seconds), _gloo(None), _gloo(None)]
         yield World(launch.rank, launch.size, parallel, *groups)
@@ -226,6 +252,7 @@ def join_world(options: LoopOptions) -> Iterator[World]:
         _tell_once(store, lost)
         raise lost from None
     finally:
+        logger.setLevel(level)
         if device.type == "cpu" or launch.size == 1:
             dist.destroy_process_group()
 

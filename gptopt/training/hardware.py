@@ -17,6 +17,7 @@ from gptopt.config import LoopOptions, ModelConfig
 from gptopt.errors import UserError
 from gptopt.kernels import OPERATORS, explain
 from gptopt.model import GPT
+from gptopt.training.distributed import ALONE, World
 
 _PROBE_SECONDS = 0.2
 _PROBE_SIZES = {"cpu": 768, "cuda": 8192}
@@ -160,7 +161,11 @@ def synchronise(device: torch.device) -> None:
 
 
 def environment(
-    device: torch.device, dtype: torch.dtype, options: LoopOptions, peak: float | None
+    device: torch.device,
+    dtype: torch.dtype,
+    options: LoopOptions,
+    peak: float | None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """What a later reader needs to judge the run's speed and numbers; no environment variables."""
     import numpy as np
@@ -178,6 +183,9 @@ def environment(
         "dtype": dtype_name(dtype),
         "operators": _operators(device, options.kernels),
         "compile": options.compile,
+        "ranks": world.size,
+        "parallel": world.parallel,
+        "activation_checkpointing": options.activation_checkpointing,
         "matmul_peak_flops": peak,
     }
 

@@ -14,8 +14,8 @@ Line = dict[str, Any]
 class Metrics:
     """Appends lines and flushes each, so that a reader sees them at once."""
 
-    def __init__(self, run: Path) -> None:
-        self.path = run / METRICS
+    def __init__(self, run: Path, name: str = METRICS) -> None:
+        self.path = run / name
 
     def append(self, line: Line) -> None:
         """Add one line."""

@@ -14,17 +14,17 @@ from gptopt.model import GPT
 from gptopt.training.distributed import World
 
 
-def shard(model: GPT, source: GPT | None, device: torch.device, dtype: torch.dtype) -> GPT:
+def shard(model: GPT, device: torch.device, dtype: torch.dtype, world: World) -> GPT:
     """Give each rank its part of every block and of what is outside them, filled from rank 0.
 
     The blocks' weights are gathered in `dtype`, in which autocast would multiply them anyway; the
     embeddings and the residual stream stay in fp32, and gradients are summed in it.
 
     Args:
-        model: on the meta device, the same on every rank.
-        source: the whole model on rank 0, None elsewhere.
+        model: whole, on the CPU; on ranks other than 0 it may be on the meta device.
         device: of this rank.
         dtype: the autocast precision.
+        world: the ranks.
 
     Source: Zhao et al. 2023, arXiv:2304.11277.
     """
@@ -34,7 +34,9 @@ def shard(model: GPT, source: GPT | None, device: torch.device, dtype: torch.dty
 
     # Blocks hand on keys and values as views; nobody writes into them while training.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    mesh = init_device_mesh(device.type, (world.size,))
+    source = {name: weight.detach() for name, weight in model.named_parameters()}
+    model.to("meta")
     narrow = None if dtype == torch.float32 else dtype
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(None, torch.float32 if narrow else None, cast_forward_inputs=False)
@@ -42,13 +44,12 @@ def shard(model: GPT, source: GPT | None, device: torch.device, dtype: torch.dty
         fully_shard(block, mesh=mesh, mp_policy=policy if narrow else wide)
     fully_shard(model, mesh=mesh, mp_policy=wide, reshard_after_forward=False)
     model.to_empty(device=device)
-    whole = {} if source is None else dict(source.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             part = cast(DTensor, parameter)
             full = torch.empty(part.shape, dtype=part.dtype, device=device)
-            if source is not None:
-                full.copy_(whole[name])
+            if world.is_first:
+                full.copy_(source[name])
             part.copy_(distribute_tensor(full, part.device_mesh, part.placements))
     return model
 

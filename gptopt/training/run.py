@@ -1,5 +1,6 @@
 """The train verb: decide whether to start, continue or stop, then train, draw and report."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from gptopt.errors import UserError, first_line
 from gptopt.log import say
 from gptopt.manifest import read_json, write_json
 from gptopt.training.checkpoints import Checkpoints, step_of
+from gptopt.training.distributed import World, join_world
 from gptopt.training.folder import log_to_file, refuse_foreign, write_config
 from gptopt.training.hardware import device_name, dtype_name, environment, matmul_peak
-from gptopt.training.lock import hold_lock
+from gptopt.training.lock import LOCK, hold_lock
 from gptopt.training.loop import Trainer
 from gptopt.training.metrics import METRICS, Metrics
 from gptopt.training.objective import Objective
 from gptopt.training.plot import draw_loss
 from gptopt.training.resume import refuse_changed_options
 from gptopt.training.session import Session, open_session
+from gptopt.training.spikes import SPIKES
 from gptopt.training.state import load_state
 from gptopt.training.step import DIVERGED
 
@@ -34,15 +37,34 @@ def run(objective: Objective) -> dict[str, Any]:
     """Train as `gptopt.training.train` documents."""
     options = objective.options
     out = Path(options.out)
-    refuse_foreign(out)
-    with hold_lock(out), log_to_file(out):
-        checkpoints = Checkpoints(out)
-        checkpoints.clean()
-        checkpoint = _checkpoint_to_resume(options, checkpoints)
-        result = _finished(objective, out, checkpoint) or _train(objective, out, checkpoint)
-    if not options.json_output:
+    with join_world(options) as world, contextlib.ExitStack() as held:
+        if world.sharded and options.sample_every:
+            raise UserError(
+                "--sample-every: under --parallel fsdp no rank holds the whole model; leave it out,"
+                " and use gptopt generate on the run's checkpoints"
+            )
+        name = world.on_first(lambda: _take_folder(options, out, held))
+        if not (out / LOCK).exists():
+            raise UserError(
+                f"{out}: rank {world.rank} does not see what rank 0 wrote there; choose an --out on"
+                f" a file system that all machines share"
+            )
+        checkpoint = Checkpoints(out).folder / name if name else None
+        result = _finished(objective, out, checkpoint) or _train(objective, out, checkpoint, world)
+    if world.is_first and not options.json_output:
         _tell(result)
     return result
+
+
+def _take_folder(options: LoopOptions, out: Path, held: contextlib.ExitStack) -> str | None:
+    """Hold the run folder until `held` is closed; the name of the checkpoint to resume."""
+    refuse_foreign(out)
+    held.enter_context(hold_lock(out))
+    held.enter_context(log_to_file(out))
+    checkpoints = Checkpoints(out)
+    checkpoints.clean()
+    checkpoint = _checkpoint_to_resume(options, checkpoints)
+    return checkpoint.name if checkpoint else None
 
 
 def _checkpoint_to_resume(options: LoopOptions, checkpoints: Checkpoints) -> Path | None:
@@ -73,25 +95,14 @@ def _finished(objective: Objective, out: Path, checkpoint: Path | None) -> dict[
     return {**result, "already_complete": True}
 
 
-def _train(objective: Objective, out: Path, checkpoint: Path | None) -> dict[str, Any]:
-    for name in (RESULT, DIVERGED):
-        (out / name).unlink(missing_ok=True)
+def _train(
+    objective: Objective, out: Path, checkpoint: Path | None, world: World
+) -> dict[str, Any]:
     try:
-        session = open_session(objective, out, checkpoint)
-        options = session.options
-        peak = matmul_peak(session.device, session.dtype)
-        write_config(out, options)
-        here = environment(session.device, session.dtype, options, peak)
-        if checkpoint is None:
-            session.checkpoints.forget()
-        else:
-            _tell_changes(out / ENVIRONMENT, here)
-        write_json(out / ENVIRONMENT, here)
-        # The checkpoint's own line is kept too, unless its step was not finished when it was saved.
-        first_dropped = session.state.step + (session.state.todo is None) if checkpoint else 0
-        Metrics(out).truncate(first_dropped)
-        _introduce(session, checkpoint)
-        Trainer(session, peak).run()
+        session = open_session(objective, out, checkpoint, world)
+        peak = matmul_peak(session.device, session.dtype) if world.is_first else None
+        world.on_first(lambda: _prepare_folder(session, checkpoint, peak))
+        Trainer(session, peak and peak * world.size).run()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
@@ -99,22 +110,62 @@ def _train(objective: Objective, out: Path, checkpoint: Path | None) -> dict[str
             f"{out}: out of memory ({first_line(error)}); choose a smaller --batch-size with"
             f" --accumulate, a smaller model, or a shorter --model.block-size"
         ) from None
-    result = _result(session, checkpoint)
-    write_json(out / RESULT, result)
-    return result
+    return world.on_first(lambda: _write_result(session, checkpoint))
 
 
-def _tell_changes(path: Path, here: dict[str, Any]) -> None:
-    """What is allowed to change on a resume, but may change the last bits of what is computed."""
-    if not path.is_file():
-        return
-    before = read_json(path)
-    for name in ("torch", "device", "device_name", "torch_threads", "operators", "compile"):
-        if before.get(name) != here[name]:
-            logger.warning(
-                "%s was %s and is %s now: the run goes on, but not bit for bit as it would have",
-                name, before.get(name), here[name],
-            )  # fmt: skip
+def _prepare_folder(session: Session, checkpoint: Path | None, peak: float | None) -> None:
+    """What a run folder says before its first step, of this start and no earlier one."""
+    out, state = session.out, session.state
+    here = environment(session.device, session.dtype, session.options, peak, session.world)
+    if checkpoint is None:
+        session.checkpoints.forget()
+    else:
+        _tell_changes(session, out / ENVIRONMENT, here)
+    for name in (RESULT, DIVERGED):
+        (out / name).unlink(missing_ok=True)
+    write_config(out, session.options)
+    write_json(out / ENVIRONMENT, here)
+    # The checkpoint's own line is kept too, unless it was still to be written.
+    written = state.todo is None or state.todo.line is None
+    first_dropped = state.step + written if checkpoint else 0
+    for name in (METRICS, SPIKES):
+        Metrics(out, name).truncate(first_dropped)
+    _introduce(session, checkpoint)
+
+
+_BITS = (
+    "torch", "device_name", "torch_threads", "operators", "compile", "ranks", "parallel",
+    "activation_checkpointing",
+)  # fmt: skip
+
+
+def _tell_changes(session: Session, path: Path, here: dict[str, Any]) -> None:
+    """What is allowed to change on a resume, but may change the last bits of what is computed.
+
+    Raises:
+        UserError: something did, under --exact.
+    """
+    missing = {} if session.options.exact else here
+    before = read_json(path) if path.is_file() else missing
+    for name in _BITS:
+        old, new = before.get(name), here[name]
+        if old == new:
+            continue
+        if session.options.exact:
+            raise UserError(
+                f"{session.out}: --exact: {name} was {old} and is {new} now; resume as the run was"
+                f" started, or without --exact"
+            )
+        logger.warning(
+            "%s was %s and is %s now: the run goes on, but not bit for bit as it would have",
+            name, old, new,
+        )  # fmt: skip
+    if before.get("ranks", 1) != here["ranks"]:
+        logger.warning(
+            "resharded from %d to %d ranks: a step still reads %d sequences, %d at a time",
+            before.get("ranks", 1), here["ranks"],
+            session.state.sequences, session.state.sequences // session.accumulate,
+        )  # fmt: skip
 
 
 def _introduce(session: Session, checkpoint: Path | None) -> None:
@@ -128,7 +179,7 @@ def _introduce(session: Session, checkpoint: Path | None) -> None:
         device_name(session.device),
         dtype_name(session.dtype),
         session.objective.describe(),
-        f"{options.batch_size * options.accumulate:,}",
+        f"{session.state.sequences:,}",
         f"{session.objective.block_size:,}",
     )
     if options.max_seconds is None and options.warmup_steps >= options.steps:
@@ -137,6 +188,12 @@ def _introduce(session: Session, checkpoint: Path | None) -> None:
             options.warmup_steps,
             options.steps,
         )
+
+
+def _write_result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
+    result = _result(session, checkpoint)
+    write_json(session.out / RESULT, result)
+    return result
 
 
 def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:

@@ -89,10 +89,12 @@ class Session:
         state.scaler = self.scaler.state_dict() if self.scaler else {}
         state.warm_end = self.schedule.warm_end
         weights = {}
-        for name, weight in self.model.state_dict().items():
-            full = whole(weight.detach())
-            if first:
-                weights[name] = keep(name, full)
+        adapter_only = self.model.lora is not None
+        for name, weight in self.model.named_parameters():
+            if weight.requires_grad or not adapter_only:
+                full = whole(weight.detach())
+                if first:
+                    weights[name] = keep(name, full)
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
         if self.world.sharded:
             writer = ShardWriter(Path(OPTIMISER).stem, keep)
@@ -139,10 +141,9 @@ def open_session(
         refuse_changes(options.out, saved, fixed)
     refuse_too_large(config, device, world.size if world.sharded else 1)
     state.sequences = state.sequences or options.batch_size * options.accumulate * world.size
-    state.world = world.size
     accumulate = micro_batches(state.sequences, options.batch_size, world.size)
     batches = objective.batches(config, state.sequences // accumulate, world.rank, world.size)
-    options = objective.options
+    options = options.model_copy(update={"steps": objective.steps(state.sequences)})
     state.go_on(options)
     model = _build_model(objective, config, start, device, dtype, world).train()
     session = Session(

@@ -10,18 +10,26 @@ from typing import Any, Self
 logger = logging.getLogger(__name__)
 
 
+class SignalCame(Exception):
+    """A signal asks the run to end; raised where nothing is half done."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
 class Signals:
-    """While entered, remembers the first signal instead of dying from it."""
+    """While entered, remembers the first signal instead of dying from it.
 
-    def __init__(self) -> None:
+    Args:
+        patient: a second one is no reason to hurry. A launcher passes on what the terminal has
+            already sent to its workers, and ends those that take too long itself.
+    """
+
+    def __init__(self, *, patient: bool = False) -> None:
         self.caught: signal.Signals | None = None
+        self._patient = patient
         self._old: dict[signal.Signals, Any] = {}
-
-    @property
-    def exit_code(self) -> int:
-        """130 after SIGINT, 143 after SIGTERM."""
-        assert self.caught is not None
-        return 128 + self.caught
 
     def __enter__(self) -> Self:
         # Python delivers signals to the main thread only; elsewhere the host program owns them.
@@ -40,11 +48,12 @@ class Signals:
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.caught is not None and self._patient:
+            return
         if self.caught is not None:
             # What is saved stays: folders are renamed into place whole, leftovers go at the next
             # start. Nothing that could wait or raise may run here.
             os._exit(128 + number)
         self.caught = signal.Signals(number)
-        logger.warning(
-            "%s: finishing this step, then saving; once more to stop at once", self.caught.name
-        )
+        more = "" if self._patient else "; once more to stop at once"
+        logger.warning("%s: finishing this step, then saving%s", self.caught.name, more)

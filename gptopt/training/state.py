@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptopt.config import TrainOptions
+from gptopt.config import LoopOptions
 from gptopt.errors import CheckFailed
 from gptopt.manifest import read_json, write_json
 
@@ -47,17 +47,21 @@ class TrainState:
     stopped_by: str = ""  # "steps" | "time", empty while there is more to train
     budget_seconds: float | None = None  # the max_seconds that stopped it
     todo: Todo | None = None
+    sequences: int = 0  # of a step, over all its micro-batches and ranks
+    recent_losses: list[float] = field(default_factory=list)  # of single steps, for spikes
     sampler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
 
-    def is_finished(self, options: TrainOptions) -> bool:
+    def is_finished(self, options: LoopOptions) -> bool:
         """Whether these options ask for no further step."""
+        if not options.steps:  # what the epochs take: only the data tells
+            return self.stopped_by == "steps"
         if self.step >= options.steps:
             return True
         budget, spent = options.max_seconds, self.budget_seconds
         return budget is not None and spent is not None and budget <= spent
 
-    def go_on(self, options: TrainOptions) -> None:
+    def go_on(self, options: LoopOptions) -> None:
         """Take up what was saved: these options may ask for more steps than the last ones."""
         if self.is_finished(options):
             self.stopped_by = self.stopped_by or "steps"
@@ -87,16 +91,19 @@ class TrainState:
         return state
 
 
-def save_state(
-    folder: Path, state: TrainState, fixed: dict[str, Any], dropout: torch.Generator
-) -> None:
-    """Write the counters, the choices that may not change, and every random generator."""
+def capture_state(
+    state: TrainState, fixed: dict[str, Any], dropout: torch.Generator
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The counters, the choices that may not change, and every random generator, of this moment."""
     numbers, tensors = _capture_random()
     tensors["dropout"] = dropout.get_state()
-    write_json(
-        folder / STATE,
-        {"format": 1, "train": state.to_json(), "fixed": fixed, "random": numbers},
-    )
+    return {"format": 1, "train": state.to_json(), "fixed": fixed, "random": numbers}, tensors
+
+
+def write_state(folder: Path, captured: tuple[dict[str, Any], dict[str, Tensor]]) -> None:
+    """Write what `capture_state` gave."""
+    values, tensors = captured
+    write_json(folder / STATE, values)
     save_file(tensors, folder / RNG)
 
 

@@ -14,10 +14,12 @@ from torch.nn.utils import clip_grads_with_norm_
 from gptopt.errors import Diverged, UserError, first_line
 from gptopt.manifest import write_json
 from gptopt.training.hardware import require_compiler
+from gptopt.training.metrics import Metrics
 from gptopt.training.objective import Batch
 from gptopt.training.optimiser import FUSED_DEVICES
 from gptopt.training.parallel import gradient_norm, reducing, replicate
 from gptopt.training.session import Session
+from gptopt.training.spikes import SPIKES, spiked
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ class Stepper:
         self.busy_seconds, self.busy_tokens, self.busy_steps = 0.0, 0, 0
         self._keywords = session.objective.keywords()
         self.reads_are_free = session.device.type == "cpu"
-        self._dropout = session.model.config.dropout > 0
+        self._dropout = session.model.drops
         self._parameters = [p for p in session.model.parameters() if p.requires_grad]
         self._module = replicate(session.model, session.world)
         self._forward: Callable[..., Any] = self._module
@@ -175,9 +177,21 @@ class Stepper:
                 self.grad_norm = norm
                 self.state.loss_sum += loss
                 self.state.loss_count += 1
+                self._note_spike(step, offsets, loss)
             elif not math.isfinite(loss) or scale <= 1:
                 # fp16 gradients that overflow at a larger scale are how GradScaler finds the scale.
                 self._skip(step, offsets, loss, norm)
+
+    def _note_spike(self, step: int, offsets: list[list[int]], loss: float) -> None:
+        median = spiked(self.state.recent_losses, loss)
+        if median is None or not self.session.world.is_first:
+            return
+        logger.warning(
+            "step %d: the loss is %.4f, far above the %.4f of the steps before; what it read is in"
+            " %s", step, loss, median, SPIKES,
+        )  # fmt: skip
+        line = {"step": step, "loss": loss, "median": median, "offsets": offsets}
+        Metrics(self.session.out, SPIKES).append(line)
 
     def _skip(self, step: int, offsets: list[list[int]], loss: float, norm: float) -> None:
         self.state.skipped += 1
@@ -187,19 +201,19 @@ class Stepper:
             logger.warning("%s; it changed nothing, %s", what, skips)
             return
         out = self.session.out
-        write_json(
-            out / DIVERGED,
-            {
-                "step": step,
-                "loss": str(loss),
-                "grad_norm": str(norm),
-                "last_finite_grad_norm": self.grad_norm,
-                "lr": self.lr,
-                "skipped": self.state.skipped,
-                "offsets": offsets,  # of each micro-batch's sequences in the training split
-                "sampler": self.session.batches.state_dict(),
-            },
-        )
+        told = {
+            "step": step,
+            "loss": str(loss),
+            "grad_norm": str(norm),
+            "last_finite_grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "skipped": self.state.skipped,
+            "offsets": offsets,  # of each micro-batch's sequences in the training split
+            "sampler": self.session.batches.state_dict(),
+        }
+        if self.session.world.is_first:
+            write_json(out / DIVERGED, told)
+        self.session.saver.wait()
         kept = self.session.checkpoints.pointed("latest")
         saved = f"{kept.name} is kept" if kept else "no checkpoint was due yet"
         raise Diverged(

@@ -102,7 +102,7 @@ def test_a_signal_saves_and_a_resume_goes_on_from_there(
 
 SLOW_EVALUATION = """
 import time, gptopt.training.loop as loop
-loop.evaluate = lambda session: time.sleep(60)
+loop.evaluate = lambda *arguments: time.sleep(60)
 """
 
 

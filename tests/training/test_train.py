@@ -166,7 +166,9 @@ def test_max_seconds_ends_the_run_in_time_with_the_rate_at_its_minimum(options, 
 
 def test_only_best_latest_and_the_newest_checkpoints_are_kept(options, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5, 2.7, 2.6])
-    monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: {"val_loss": next(losses)})
+    monkeypatch.setattr(
+        "gptopt.training.loop.evaluate", lambda *arguments: {"val_loss": next(losses)}
+    )
     result = train(options(checkpoint_every=1, eval_every=1, keep_checkpoints=2))
     run = tmp_path / "run"
     found = sorted(path.name for path in (run / "checkpoints").iterdir())
@@ -190,7 +192,9 @@ def test_without_validation_text_the_run_stands_for_its_last_checkpoint(options,
 
 def test_checkpoint_every_0_saves_the_best_evaluations_and_the_end(options, tmp_path, monkeypatch):
     losses = iter([3.0, 1.0, 2.0, 2.5])
-    monkeypatch.setattr("gptopt.training.loop.evaluate", lambda session: {"val_loss": next(losses)})
+    monkeypatch.setattr(
+        "gptopt.training.loop.evaluate", lambda *arguments: {"val_loss": next(losses)}
+    )
     train(options(steps=8, checkpoint_every=0, eval_every=2))
     names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert names == ["step-000002", "step-000004", "step-000008"]

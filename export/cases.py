@@ -154,7 +154,8 @@ def context_edge(stage: Stage) -> Iterator[Stream]:
     stream = Stream(stage.whole, 1, offset)
     if stage.causal:
         for part in _parts(length, (max(1, length - 3),)):
-            stream.feed(stage.draw(1, part), keep=_KEEP)
+            scores = min(part, _KEEP) if stage.keeps else 0  # the others cost a third of the time
+            stream.feed(stage.draw(1, part), keep=_KEEP, scores=scores)
     else:
         stream.feed(stage.draw(1, length), keep=_KEEP)
     yield stream

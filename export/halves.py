@@ -29,6 +29,7 @@ _ARITHMETIC = {
     "Neg", "Pow", "Range", "Reciprocal", "Reshape", "Sin", "Slice", "Split", "Sqrt", "Squeeze",
     "Sub", "Tile", "Transpose", "Trilu", "Unsqueeze", "Where",
 }  # fmt: skip
+_PIECE = 2**20  # elements that are rounded at once
 _LARGE = 2**20  # elements; a constant beyond this is a weight, not a table of frequencies
 
 
@@ -141,11 +142,16 @@ def _halve(value: ir.Value, notes: Notes) -> None:
     assert tensor is not None
 
     def make() -> ir.TensorProtocol:
-        array = tensor.numpy()
-        bounded = np.clip(array, -_LARGEST, _LARGEST)
-        if not np.array_equal(array, bounded):
-            notes.add(STAGE, name, "clipped to +-65504", "float16 ends there")
-        return ir.Tensor(bounded.astype(np.float16), name=name)
+        array = np.ascontiguousarray(tensor.numpy())
+        halves = np.empty(array.shape, np.float16)
+        source, target = array.reshape(-1), halves.reshape(-1)
+        for start in range(0, array.size, _PIECE):  # what is in between stays small
+            piece = source[start : start + _PIECE]
+            if np.abs(piece).max() > _LARGEST:
+                piece = np.clip(piece, -_LARGEST, _LARGEST)
+                notes.add(STAGE, name, "clipped to +-65504", "float16 ends there")
+            target[start : start + _PIECE] = piece
+        return ir.Tensor(halves, name=name)
 
     value.const_value = ir.LazyTensor(
         make, dtype=_HALF, shape=ir.Shape(tensor.shape.numpy()), name=name

@@ -28,6 +28,7 @@ from gptopt.export.quality import HeldOut, Quality
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.reference import Answers
 from gptopt.export.registry import check_kernels
+from gptopt.export.samples import write_samples
 from gptopt.export.targets import PORTABLE, Target, check_precisions
 from gptopt.export.trace import Exportable
 from gptopt.export.validate import Proof, prove
@@ -157,6 +158,7 @@ def export_model(
                 raise CheckFailed(
                     f"{folder}: not written, {precision.name} loses too much on held-out text: "
                     f"{quality.failure}; choose a precision of more bits"
+        write_samples(staging)
                 )
             variants.append(variant)
         files = [each.file for each in variants]

@@ -5,9 +5,12 @@ one with a single name (no link of either sort), of a bounded size and of the sh
 manifest, and the ONNX file may name no other file than its own data file.
 """
 
+import contextlib
 import os
 import re
 import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict
 
@@ -23,6 +26,7 @@ from gptopt.tokenizer import Tokenizer
 KIND = "edge"
 
 _MIB = 2**20
+_FOLDERS = ("onnx", "samples")
 # Names an export may write -> the largest size of each in bytes.
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(config|generation_config|genai_config|tokenizer_config)\.json"), 16 * _MIB),
@@ -31,6 +35,8 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"tokenizer\.json"), 256 * _MIB),
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx"), 2**31),  # protobuf ends at 2 GiB
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx_data"), 2**38),
+    # Programs for people to read; nothing here opens them but to hash their bytes.
+    (re.compile(r"samples/(run\.(py|mjs|cpp)|index\.html)"), _MIB),
 )
 
 
@@ -68,6 +74,41 @@ def verify_folder(folder: Path, precision: str | None = None) -> None:
         UserError: there is no such folder, or it is not an exported one, or has no such precision.
         CheckFailed: something in it is not what the export wrote.
     """
+    if precision is not None:
+        with verified(folder, precision):
+            return
+    _check_place(folder)
+    verify_manifest(folder, KIND)
+
+
+@contextlib.contextmanager
+def verified(folder: Path, precision: str) -> Iterator[None]:
+    """`verify_folder` of one precision, in whose block the graph may be opened.
+
+    The weights beside the graph are numbers that nothing parses: they are hashed while the block
+    runs. All else is checked before it begins.
+
+    Raises:
+        UserError, CheckFailed: as verify_folder; of the weights, when the block ends.
+    """
+    _check_place(folder)
+    listed = verify_manifest(folder, KIND, unread=lambda name: name.startswith("onnx/"))["files"]
+    _, chosen = choose(folder, precision)
+    data = f"{chosen.file}_data"
+    if chosen.file in listed:
+        verify_file(folder, chosen.file, listed[chosen.file])
+    if data not in listed:
+        yield
+        return
+    with ThreadPoolExecutor(1) as pool:
+        weights = pool.submit(verify_file, folder, data, listed[data])
+        try:
+            yield
+        finally:  # what onnxruntime says of broken weights is no help
+            weights.result()
+
+
+def _check_place(folder: Path) -> None:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder that gptopt export wrote")
     if not os.path.lexists(folder / MANIFEST):
@@ -76,14 +117,6 @@ def verify_folder(folder: Path, precision: str | None = None) -> None:
             f"writes one"
         )
     check_names(folder)
-    if precision is None:
-        verify_manifest(folder, KIND)
-        return
-    listed = verify_manifest(folder, KIND, unread=lambda name: name.startswith("onnx/"))["files"]
-    _, chosen = choose(folder, precision)
-    for name in (chosen.file, f"{chosen.file}_data"):
-        if name in listed:
-            verify_file(folder, name, listed[name])
 
 
 def check_names(folder: Path) -> None:
@@ -93,7 +126,7 @@ def check_names(folder: Path) -> None:
             path = Path(root) / name
             relative = path.relative_to(folder).as_posix()
             status = path.lstat()
-            if relative == "onnx" and stat.S_ISDIR(status.st_mode):
+            if relative in _FOLDERS and stat.S_ISDIR(status.st_mode):
                 continue
             if (limit := _limit(relative)) == 0:
                 raise CheckFailed(

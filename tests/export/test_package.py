@@ -47,6 +47,7 @@ def test_the_folder_holds_these_files_and_a_manifest_of_them(exported):
     assert names == {
         "README.md", "config.json", "generation_config.json", "genai_config.json",
         "manifest.json", "onnx/model.onnx", "onnx/model.onnx_data", "report.json",
+        "samples/index.html", "samples/run.cpp", "samples/run.mjs", "samples/run.py",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert set(verify_manifest(folder, "edge")["files"]) == names - {"manifest.json"}

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import json
 import logging
+import os
 import sys
 import tomllib
 import typing
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
-    log.configure(quiet="--quiet" in arguments, debug=debug)
+    log.configure(quiet="--quiet" in arguments or not _speaks(), debug=debug)
     try:
         return _dispatch(arguments)
     except UserError as error:
@@ -61,6 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             sys.stdout.close()
         return 0
+
+
+def _speaks() -> bool:
+    """Whether this process speaks for those that torchrun started with it: the first one does."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
 
 
 def _complain(message: str) -> None:
@@ -89,7 +95,8 @@ def _dispatch(arguments: list[str]) -> int:
             return 0
         with contextlib.redirect_stdout(sys.stderr):  # stdout carries the JSON object alone
             result = function(options)
-    log.say(json.dumps(result, ensure_ascii=False))
+    if _speaks():
+        log.say(json.dumps(result, ensure_ascii=False))
     return 0
 
 

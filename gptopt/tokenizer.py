@@ -5,6 +5,7 @@ kinds differ in their vocabulary only: `bpe` learns merges, `word` keeps whole w
 bytes, `char` keeps exactly the characters it was trained on. This module imports no torch.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -198,6 +199,12 @@ class Tokenizer:
                     f"{self._source} cannot spell as plain text; remove it from the text"
                 )
         return batch
+
+    def with_chat_template(self, source: str) -> Self:
+        """The same tokenizer with another chat template."""
+        other = copy.copy(self)
+        other.chat_template = source
+        return other
 
     @property
     def control_names(self) -> dict[str, str]:

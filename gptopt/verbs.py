@@ -35,6 +35,12 @@ VERBS = {
     "tokenize": Verb("gptopt.data:tokenize", "TokenizeOptions", "inputs"),
     "train": Verb("gptopt.training:train", "TrainOptions", "inputs", extra="train"),
     "plot": Verb("gptopt.training.plot:plot", "PlotOptions", "runs", extra="train"),
+    "finetune sft": Verb(
+        "gptopt.finetune:sft", "config_finetune:SftOptions", "inputs", extra="train"
+    ),
+    "finetune classify": Verb(
+        "gptopt.finetune:classify", "config_finetune:ClassifyOptions", "inputs", extra="train"
+    ),
     "generate": Verb("gptopt.generate:generate", "GenerateOptions", "model", extra="train"),
     "evaluate": Verb("gptopt.evaluate:evaluate", "EvaluateOptions", "model", extra="train"),
     "merge": Verb("gptopt.lora.verb:merge", "config_export:MergeOptions", "model", extra="train"),

@@ -6,6 +6,7 @@ spelled out inside a message stays the plain characters that it is.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from gptopt.errors import UserError, first_line
@@ -113,7 +114,7 @@ class ChatTemplate:
                 )
             cuts += [len(before), len(after)]
         cuts.append(len(whole))
-        pieces = [whole[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+        pieces = [whole[start:end] for start, end in pairwise(cuts)]
         return [(self._encode(piece), index % 2 == 1) for index, piece in enumerate(pieces)]
 
     def _encode(self, text: str) -> list[int]:

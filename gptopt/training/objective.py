@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import LoopOptions, ModelConfig
+from gptopt.lora import begin
 from gptopt.model import GPT
 from gptopt.tokenizer import Tokenizer
 
@@ -45,9 +46,9 @@ class Objective(ABC):
     """What a run learns. Methods are called in the order in which they stand here.
 
     Attributes:
-        options: the verb's; `open` or `batches` may fill in what only the data tells.
+        options: the verb's.
         tokenizer: set by `open`, as is sha256, the identity of the data.
-        block_size: tokens of a sequence at most; set by `model_config` or `batches`.
+        block_size: tokens of a sequence at most; set by `model_config`.
     """
 
     # Options that a resumed run may not change. How long it goes on, what it shows and where it
@@ -84,14 +85,16 @@ class Objective(ABC):
             rank, world: which part of it is this rank's.
         """
 
+    def steps(self, sequences: int) -> int:
+        """How many steps the run takes, where each reads so many sequences."""
+        return self.options.steps
+
     def build(self, config: ModelConfig, start: LoadedModel | None) -> GPT:
         """The model with its first weights, on the CPU, in float32."""
-        model = GPT(config, kernels=self.options.kernels)
-        if start is not None:
-            # Copied, so that weights from any file lie in memory as a fresh model's do: the layout
-            # decides how a product rounds, and a resumed run repeats every bit.
-            model.load_state_dict(start.model.state_dict())
-        return model
+        fresh = GPT(config, kernels=self.options.kernels)
+        if start is None:
+            return begin(fresh, self.options.lora)
+        return begin(fresh, self.options.lora, start.model, start.folder)
 
     def keywords(self) -> dict[str, float]:
         """What every forward pass in training gets beside a batch."""

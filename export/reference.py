@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from gptopt.export.stream import Claim
-from gptopt.export.twin import Held, Rounding, exact_model, rounded_cache, same_model
+from gptopt.export.twin import Held, Ranges, Rounding, exact_model, rounded_cache, same_model
 
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -83,6 +83,7 @@ class Reference:
         self._held = held or Held()
         self._answers = answers or Answers(0)
         self._latest: dict[Text, Doubles] = {}
+        self._ranges: Ranges = {}  # of inputs of products, over the latest texts
         self._copies: dict[str, nn.Module] = {}
 
     def expect(self, claims: Sequence[Claim], *, rounds: bool = True) -> list[Expected]:
@@ -95,6 +96,7 @@ class Reference:
         texts = self._texts(claims)
         wanted = list(dict.fromkeys(texts))
         if self._latest.keys() != set(wanted):  # a file and its strict twin play the same texts
+            self._ranges = {}
             self._latest = self._ask("float64", wanted, rounds=False)
         doubles = self._latest
         singles = self._ask("float16" if self._held.half else "float32", wanted, rounds=rounds)
@@ -136,7 +138,7 @@ class Reference:
             made = {}
             model = self._copy(kind)
             with self._as_held(model, rounds):
-                for batch in self._batches(missing, rounds):
+                for batch in self._batches(missing):
                     made |= _logits(model, batch)
             dtype = np.float64 if kind == "float64" else np.float32
             made = {text: logits.astype(dtype, copy=False) for text, logits in made.items()}
@@ -158,18 +160,20 @@ class Reference:
         """Run a copy of the model as the file is read, its inputs and cache rounded or not."""
         with contextlib.ExitStack() as stack:
             if self._held.products:
-                stack.enter_context(Rounding(self._model, model, self._held, inputs=rounds))
+                rounding = Rounding(
+                    self._model, model, self._held, inputs=rounds, ranges=self._ranges
+                )
+                stack.enter_context(rounding)
             if self._held.cache and rounds:
                 stack.enter_context(rounded_cache(self._held.cache))
             yield
 
-    def _batches(self, texts: Sequence[Text], rounds: bool) -> Iterator[list[Text]]:
-        """Texts that are computed together; where a rounding sees all of a call, each is alone.
+    def _batches(self, texts: Sequence[Text]) -> Iterator[list[Text]]:
+        """Texts that are computed together.
 
         What follows a text does not change what a causal model says of it, so shorter texts may
         stand beside longer ones.
         """
-        alone = rounds and 0 in self._held.blocks.values()
         batch: list[Text] = []
         for text in sorted(texts, key=lambda each: (each.offset, -len(each.tokens))):
             longest, length = len(batch[0].tokens) if batch else 0, len(text.tokens)
@@ -177,7 +181,7 @@ class Reference:
                 self._causal and (longest <= _SHORT or 2 * length > longest)
             )
             if batch and (
-                alone or not fits or text.offset != batch[0].offset
+                not fits or text.offset != batch[0].offset
                 or (len(batch) + 1) * longest > _TOGETHER
             ):  # fmt: skip
                 yield batch

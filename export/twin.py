@@ -38,6 +38,7 @@ from gptopt.kernels.quantization import (
 # does, whose error a calibrated method may exceed for the sake of the products.
 _WEIGHT_BOUNDS = {8: 0.03, 4: 0.2, 2: 0.8}
 _aten = torch.ops.aten
+Ranges = dict[str, tuple[float, float]]
 _WHOLE = 0  # inputs of a product rounded with one scale for all of them
 _KEY_SCALE, _VALUE_SCALE = 12, 13  # GroupQueryAttention's inputs
 
@@ -186,16 +187,23 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         model: the original model. copied: the one that runs, with the file's weights.
         held: what the file holds.
         inputs: whether inputs are rounded; else only look-ups are put right.
+        ranges: parameter -> smallest and largest input of its products, where one scale serves all
+            tokens of a call. Widened where inputs are not rounded, and used where they are: a
+            client may feed the same tokens in one call or in many, and the coarsest scale that any
+            of these calls can have is that of the range over all of them.
     """
 
-    def __init__(self, model: nn.Module, copied: nn.Module, held: Held, *, inputs: bool) -> None:
+    def __init__(
+        self, model: nn.Module, copied: nn.Module, held: Held, *, inputs: bool, ranges: Ranges
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._blocks: dict[tuple[int, int], int] = {}
+        self._inputs, self._ranges = inputs, ranges
+        self._blocks: dict[tuple[int, int], tuple[str, int]] = {}
         self._tables: dict[tuple[int, int], Tensor] = {}
         originals = dict(model.named_parameters())
         for name, parameter in copied.named_parameters():
-            if inputs and name in held.blocks:
-                self._blocks[_place(parameter)] = held.blocks[name]
+            if name in held.blocks:
+                self._blocks[_place(parameter)] = name, held.blocks[name]
             if name in held.products and name not in held.tables:
                 self._tables[_place(parameter)] = originals[name].detach().to(parameter.dtype)
 
@@ -204,9 +212,14 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _aten.embedding.default:
             args[0] = self._tables.get(_place(args[0]), args[0])
         for x, factor in _factors(func):
-            block = self._blocks.get(_place(args[factor]))
-            if block is not None:
-                args[x] = _rounded(args[x], block)
+            name, block = self._blocks.get(_place(args[factor]), ("", None))
+            if block == _WHOLE and not self._inputs:
+                low, high = self._ranges.get(name, (0.0, 0.0))
+                self._ranges[name] = min(low, float(args[x].min())), max(high, float(args[x].max()))
+            elif block == _WHOLE:
+                args[x] = _rounded_within(args[x], *self._ranges[name])
+            elif block is not None and self._inputs:
+                args[x] = _rounded_in_blocks(args[x], block)
         return func(*args, **(kwargs or {}))
 
 
@@ -242,17 +255,15 @@ def _factors(func: Any) -> Iterator[tuple[int, int]]:
         yield 1, 2
 
 
-def _rounded(x: Tensor, block: int) -> Tensor:
-    """Inputs (n, K) as int8 kernels see them.
+def _rounded_within(x: Tensor, low: float, high: float) -> Tensor:
+    """Inputs as uint8 with one scale for a range that holds 0 (DynamicQuantizeLinear)."""
+    scale = max(high - low, 1e-30) / 255
+    zero = round(-low / scale)
+    return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
-    In blocks: symmetric, a scale per block of a row (MatMulNBits with accuracy_level 4). Over all:
-    uint8 from the smallest to the largest (DynamicQuantizeLinear).
-    """
-    if block == _WHOLE:
-        low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-        scale = max(high - low, 1e-30) / 255
-        zero = round(-low / scale)
-        return ((x / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
+
+def _rounded_in_blocks(x: Tensor, block: int) -> Tensor:
+    """Inputs (n, K) as int8, a scale per block of a row (MatMulNBits with accuracy_level 4)."""
     n, K = x.shape
     padded = nn.functional.pad(x, (0, -K % block)).float().view(n, -1, block)
     scales = padded.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 127

@@ -43,6 +43,7 @@ class Outcome:
         band: what lower precision may add, as a part of the range; None in float32.
         positions: tokens whose logits were compared.
         first_bad: where the budget was first exceeded, or None.
+        distances: from the float64 model, by position, and where each stands.
     """
 
     case: str
@@ -52,6 +53,7 @@ class Outcome:
     band: float | None = None
     positions: int = 0
     first_bad: str | None = None
+    distances: list[tuple[float, str]] = field(default_factory=list, repr=False)
 
     @property
     def budget(self) -> float:
@@ -67,7 +69,15 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
-        return {**asdict(self), "budget": self.budget, "passed": self.passed}
+        told = {**asdict(self), "budget": self.budget, "passed": self.passed}
+        del told["distances"]
+        return told
+
+    def settle(self, torch_error: float) -> None:
+        """Hold every position to the budget that follows from this error."""
+        self.torch_error = torch_error
+        bad = (where for distance, where in self.distances if not distance <= self.budget)
+        self.first_bad = next(bad, None)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -185,6 +195,7 @@ def _play(
         strict = _stage(twin, model, vocab_size, floats)
     reference = Reference(model, causal=stage.causal, held=held, answers=answers)
     band, proof, unrounded = band_of(held), Proof(), []
+    greedy: list[Claim] = []
     for name, case in plays.cases_of(stage).items():
         if cases is not None and name not in cases:
             continue
@@ -196,11 +207,14 @@ def _play(
             _add(unrounded, judge(f"{name} (unrounded inputs)", claims, expected))
     if stage.causal and (cases is None or "greedy" in cases):
         tokens = min(_GREEDY_TOKENS, stage.block_size - stage.fit(4) + 1)
-        claims = plays.greedy(stage, tokens).claims
-        expected = reference.expect(claims)
-        outcome = judge("greedy", claims, expected, band)
-        proof.greedy = judge_greedy(claims, expected, outcome.budget, stage.vocab_size)
-        _add(proof.outcomes, outcome)
+        greedy = plays.greedy(stage, tokens).claims
+        expected = reference.expect(greedy)
+        _add(proof.outcomes, judge("greedy", greedy, expected, band))
+    if held.products or held.cache:
+        pool(proof.outcomes)
+    if greedy:
+        budget = proof.outcomes[-1].budget
+        proof.greedy = judge_greedy(greedy, expected, budget, stage.vocab_size)
     proof.outcomes += unrounded
     return proof
 
@@ -240,22 +254,34 @@ def judge(
 ) -> Outcome:
     """Compare every claimed logit with the float64 model."""
     outcome = Outcome(case=case, band=band)
-    low, high = np.inf, -np.inf
-    errors: list[tuple[float, Claim, int]] = []
+    low, high, torch_error = np.inf, -np.inf, 0.0
     for claim, (double, single) in zip(claims, expected, strict=True):
         low, high = min(low, float(double.min())), max(high, float(double.max()))
-        outcome.torch_error = max(outcome.torch_error, float(np.abs(single - double).max()))
+        torch_error = max(torch_error, float(np.abs(single - double).max()))
         distance = np.abs(claim.logits - double).max(axis=1)
         distance[~np.isfinite(claim.logits).all(axis=1)] = np.inf
-        errors += [(float(error), claim, index) for index, error in enumerate(distance)]
+        outcome.distances += [
+            (float(error), f"token {claim.first + index} of row {claim.row}")
+            for index, error in enumerate(distance)
+        ]
     outcome.logit_range = high - low
-    outcome.positions = len(errors)
-    outcome.max_abs_error = max(error for error, _, _ in errors)
-    for error, claim, index in errors:
-        if not error <= outcome.budget:
-            outcome.first_bad = f"token {claim.first + index} of row {claim.row}"
-            break
+    outcome.positions = len(outcome.distances)
+    outcome.max_abs_error = max(distance for distance, _ in outcome.distances)
+    outcome.settle(torch_error)
     return outcome
+
+
+def pool(outcomes: Sequence[Outcome]) -> None:
+    """Let the largest error of PyTorch in any case stand for all of them.
+
+    A file that rounds its inputs to int8 makes an error of its own, of the size of PyTorch's but
+    not the same one: what is rounded up here is rounded down there. The larger of two such draws
+    is often more than twice the other where few positions are compared (of a single normal number
+    in 3 of 10 cases), and next to never where the draws of all cases are pooled.
+    """
+    largest = max((each.torch_error for each in outcomes), default=0.0)
+    for each in outcomes:
+        each.settle(largest)
 
 
 def judge_greedy(
@@ -282,8 +308,8 @@ def judge_greedy(
 def _add(outcomes: list[Outcome], outcome: Outcome) -> None:
     outcomes.append(outcome)
     logger.info(
-        "proof of %s: error %.1e, budget %.1e%s", outcome.case, outcome.max_abs_error,
-        outcome.budget, "" if outcome.passed else ", FAILED",
+        "proof of %s: error %.1e, %.1e in PyTorch", outcome.case, outcome.max_abs_error,
+        outcome.torch_error,
     )  # fmt: skip
 
 

@@ -15,13 +15,14 @@ from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
 from gptopt.export.contract import Contract
+from gptopt.export.cuda_graph import note_cuda_graph
 from gptopt.export.lowering import fit, lower
 from gptopt.export.notes import Notes
 from gptopt.export.opset17 import downgrade
 from gptopt.export.passes import clean
 from gptopt.export.registry import check_kernels
 from gptopt.export.rules import fuse
-from gptopt.export.targets import Target
+from gptopt.export.targets import CUDA, Target
 from gptopt.export.trace import trace
 from gptopt.export.write import save, wants_data_file
 
@@ -77,7 +78,10 @@ def build_graph(model: nn.Module, config: ModelConfig, build: Build) -> ir.Model
         downgrade(graph)
     build.done("clean", graph)
     fuse(graph, build.target, build.notes)
-    check_kernels(graph, build.target, build.notes)
+    if build.target.provider == CUDA:
+        note_cuda_graph(graph, build.notes)
+    if "fp32" in build.target.precisions:
+        check_kernels(graph, build.target, build.notes)
     build.done("fuse", graph)
     logger.info("exported to %d nodes", graph.graph.num_nodes())
     return graph

@@ -3,21 +3,30 @@
 Without this, a node that a provider cannot run is found when a client loads the file, or not at
 all: onnxruntime moves it to the CPU and says so in a log. Types are followed through the graph by
 onnxruntime's own operator schemas.
+
+An onnxruntime without the provider cannot be asked. For CUDA there is kernels_cuda.json: what
+get_all_opkernel_def() of onnxruntime-gpu says, read with stubs in place of the CUDA libraries, for
+no GPU is needed to list kernels.
 """
 
+import json
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx_ir as ir
 
 from gptopt.errors import CheckFailed
 from gptopt.export.notes import Notes
-from gptopt.export.targets import Target
+from gptopt.export.targets import CUDA, Target
 
 Types = dict[str, str]  # type variable or formal name -> "tensor(float)"
 
+_CPU = "CPUExecutionProvider"
 _STANDARD = ("", "ai.onnx")
+_LISTED = Path(__file__).with_name("kernels_cuda.json")
+_NEWEST = 2**31 - 1
 _NAMES = {
     ir.DataType.FLOAT: "float", ir.DataType.FLOAT16: "float16", ir.DataType.DOUBLE: "double",
     ir.DataType.BFLOAT16: "bfloat16", ir.DataType.INT64: "int64", ir.DataType.INT32: "int32",
@@ -39,18 +48,18 @@ def check_kernels(model: ir.Model, target: Target, notes: Notes) -> None:
     """Look up every node for the target's provider.
 
     float16 on the CPU may lack a kernel where float32 has one: onnxruntime then casts, which is
-    noted. An onnxruntime without the provider cannot be asked, which is noted as well.
+    noted. So is a look-up in the kernels of another onnxruntime than this one.
 
     Raises:
         CheckFailed: a node has no kernel: its name, operator and types.
     """
     kernels = _kernels(target.provider)
-    if not kernels:
+    if not kernels and target.provider == CUDA:
+        version, kernels = _listed()
         notes.add(
-            "check", target.provider, "kernels not looked up",
-            "this onnxruntime was built without the provider",
+            "check", target.provider, f"kernels looked up among those of onnxruntime-gpu {version}",
+            "this onnxruntime was built without the provider; nothing was run on a GPU",
         )  # fmt: skip
-        return
     types = {value: _type(value) for value in (*model.graph.inputs,)}
     types |= {value: _type(value) for value in model.graph.initializers.values()}
     for node in model.graph:
@@ -64,7 +73,8 @@ def check_kernels(model: ir.Model, target: Target, notes: Notes) -> None:
         if schema is not None and _fits(found, schema.since_version, bound):
             continue
         half = {name: kind.replace("float16", "float") for name, kind in bound.items()}
-        if schema is not None and half != bound and _fits(found, schema.since_version, half):
+        casts = target.provider == _CPU and half != bound  # only there casts are put in
+        if schema is not None and casts and _fits(found, schema.since_version, half):
             notes.add(
                 "check", node.op_type, "computed in float32 between casts",
                 f"{target.provider} has no float16 kernel for it",
@@ -92,6 +102,23 @@ def _kernels(provider: str) -> dict[tuple[str, str], list[Kernel]]:
             kernel = Kernel(first, last, each.type_constraints)
             found.setdefault((_domain(each.domain), each.op_name), []).append(kernel)
     return found
+
+
+@cache
+def _listed() -> tuple[str, dict[tuple[str, str], list[Kernel]]]:
+    """The version of onnxruntime-gpu whose CUDA kernels are listed, and they."""
+    held = json.loads(_LISTED.read_text(encoding="ascii"))
+    found = {}
+    for name, rows in held["kernels"].items():
+        domain, _, operator = name.rpartition(".")
+        found[domain, operator] = [
+            Kernel(first, last or _NEWEST, {
+                variable: [f"tensor({kind})" for kind in kinds.split()]
+                for variable, kinds in types.items()
+            })
+            for first, last, types in rows
+        ]  # fmt: skip
+    return held["onnxruntime"], found
 
 
 @cache

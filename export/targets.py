@@ -75,8 +75,9 @@ ORT_CPU = replace(
     PORTABLE, name="ort-cpu", rules=("packed_qkv", "bias_gelu", "last_token"), padding="right",
     precisions=("fp32", "q8", "q4", "q2"),
 )  # fmt: skip
+CUDA = "CUDAExecutionProvider"
 ORT_CUDA = replace(
-    ORT_CPU, name="ort-cuda", rules=("packed_qkv", *_FUSED), provider="CUDAExecutionProvider",
+    ORT_CPU, name="ort-cuda", rules=("packed_qkv", *_FUSED), provider=CUDA,
     precisions=("fp16", "q4f16"),
 )  # fmt: skip
 WEB = replace(

@@ -229,16 +229,19 @@ def join_world(options: LoopOptions) -> Iterator[World]:
     if launch is None or (launch.size == 1 and options.parallel != "fsdp"):
         yield World()
         return
-    device = torch.device(rank_device(options.device, launch))
-    store = _connect(launch, device, timedelta(seconds=options.timeout_seconds))
-    parallel: Parallel = "fsdp" if options.parallel == "fsdp" else "ddp"
+    timeout = timedelta(seconds=options.timeout_seconds)
+    store = _store(launch, timeout)
     logger = logging.getLogger("gptopt")
     level = logger.level
     if launch.rank > 0:  # what rank 0 says is said for all
         logger.setLevel(logging.ERROR)
     try:
-        groups = [_gloo(options.timeout_seconds), _gloo(None), _gloo(None)]
+        device = torch.device(rank_device(options.device, launch))
+        _connect(launch, store, device, timeout)
+        groups = [_gloo(timeout), _gloo(_PATIENCE), _gloo(_PATIENCE)]
+        parallel: Parallel = "fsdp" if options.parallel == "fsdp" else "ddp"
         yield World(launch.rank, launch.size, parallel, *groups)
+        dist.destroy_process_group()
     except UserError as error:
         _tell_once(store, error)
         raise
@@ -253,35 +256,37 @@ def join_world(options: LoopOptions) -> Iterator[World]:
         raise lost from None
     finally:
         logger.setLevel(level)
-        if device.type == "cpu" or launch.size == 1:
+        # After an error NCCL would wait for ranks that are gone; the process's end ends it.
+        if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
 
 
-def _connect(launch: Launch, device: torch.device, timeout: timedelta) -> dist.Store:
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+def _store(launch: Launch, timeout: timedelta) -> dist.Store:
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        dist.init_process_group(
-            backend,
-            store=dist.PrefixStore("gptopt", store),
-            rank=rank,
-            world_size=size,
-            timeout=timeout,
-            device_id=device if device.type == "cuda" else None,
-        )
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {launch.rank} of {launch.size} cannot reach the others ({first_line(error)});"
             f" start all of them with torchrun"
         ) from None
-    return store
+    return store  # type: ignore[no-any-return]
 
 
-def _gloo(seconds: float | None) -> Group:
-    timeout = _PATIENCE if seconds is None else timedelta(seconds=seconds)
+def _connect(launch: Launch, store: dist.Store, device: torch.device, timeout: timedelta) -> None:
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("gptopt", store),
+        rank=launch.rank,
+        world_size=launch.size,
+        timeout=timeout,
+        device_id=device if on_gpu else None,
+    )
+
+
+def _gloo(timeout: timedelta) -> Group:
     return Group(dist.new_group(backend="gloo", timeout=timeout))
 
 

@@ -156,6 +156,18 @@ class LoraOptions(Options):
         return 2.0 if self.alpha is None else self.alpha / self.rank
 
 
+class DistillOptions(Options):
+    """Learning from a larger model besides the text."""
+
+    teacher: str | None = Field(
+        None, description="model, run or Hugging Face folder to learn from (none: the text alone)"
+    )
+    temperature: float = Field(2.0, gt=0, description="how much both distributions are flattened")
+    weight: float = Field(
+        0.5, gt=0, le=1, description="weight of the teacher's word; the rest is the text's"
+    )
+
+
 class LoopOptions(Options):
     """What every verb that trains has in common: the run, the update rule, its rhythm."""
 
@@ -246,6 +258,20 @@ class TrainOptions(LoopOptions):
     z_loss: float = Field(0.0, ge=0, description="weight of the z-loss")
     model: ModelConfig = Field(default_factory=ModelConfig, description="the model")
     data: DataOptions = Field(default_factory=DataOptions, description="tokenising INPUT")
+    distill: DistillOptions = Field(
+        default_factory=DistillOptions, description="learning from a larger model"
+    )
+
+    @model_validator(mode="after")
+    def _teacher_fits(self) -> Self:
+        if self.distill.teacher is None:
+            if self.distill != DistillOptions():
+                raise ValueError("--distill.temperature and --distill.weight need a teacher")
+        elif self.objective != "next":
+            raise ValueError("--distill.teacher teaches next tokens; leave --objective out")
+        elif self.z_loss:
+            raise ValueError("--distill.teacher knows no --z-loss; leave one of them out")
+        return self
 
 
 class PlotOptions(Options):

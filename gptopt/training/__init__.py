@@ -27,7 +27,12 @@ def train(options: TrainOptions) -> dict[str, Any]:
         Diverged: more steps than max_skips had gradients that are not finite (exit 3).
         Interrupted: SIGINT or SIGTERM, after saving (exit 130 / 143).
     """
-    from gptopt.training.pretraining import Masked, NextToken
     from gptopt.training.run import run
+
+    if options.distill.teacher is not None:
+        from gptopt.training.distillation import Distilled
+
+        return run(Distilled(options))
+    from gptopt.training.pretraining import Masked, NextToken
 
     return run((Masked if options.objective == "masked" else NextToken)(options))

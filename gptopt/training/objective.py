@@ -4,11 +4,13 @@ The loop knows nothing of tokens, replies or labels; it asks the objective.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import LoopOptions, ModelConfig
@@ -99,6 +101,19 @@ class Objective(ABC):
     def keywords(self) -> dict[str, float]:
         """What every forward pass in training gets beside a batch."""
         return {"label_smoothing": self.options.label_smoothing}
+
+    def loss(
+        self, forward: Callable[..., Any], inputs: Mapping[str, Tensor], **keywords: Any
+    ) -> Tensor:
+        """The loss () of one micro-batch, a mean over what `Batch.counted` counts.
+
+        Args:
+            forward: the model.
+            inputs: of the batch, on the model's device.
+            keywords: of `keywords`, and the seed of dropout.
+        """
+        loss: Tensor = forward(**inputs, **keywords).loss
+        return loss
 
     @abstractmethod
     def evaluate(self, model: GPT) -> Figures | None:

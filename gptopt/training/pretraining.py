@@ -12,6 +12,7 @@ from gptopt.evaluate import evaluate_split
 from gptopt.evaluate_masked import score_masked, torch_guesser
 from gptopt.generate import generate_text
 from gptopt.model import GPT
+from gptopt.tokenizer import Tokenizer
 from gptopt.training.objective import Batch, Figures, Objective
 
 VOCABULARY_MULTIPLE = 64  # matrix products like it; the ids in excess are never used
@@ -37,7 +38,7 @@ class NextToken(Objective):
     def open(self, out: Path, start: LoadedModel | None, *, resuming: bool) -> None:
         """The data folder, or the text, tokenised into the run folder."""
         options, cache = self.options, out / "data"
-        tokenizer = start.tokenizer if start and options.init_from else None
+        tokenizer = self.own_tokenizer(start)
         try:
             dataset = open_dataset(options.inputs, options.data, tokenizer=tokenizer, cache=cache)
         except UserError:
@@ -47,6 +48,10 @@ class NextToken(Objective):
             shutil.rmtree(cache)
             dataset = open_dataset(options.inputs, options.data, tokenizer=tokenizer, cache=cache)
         self.dataset, self.tokenizer, self.sha256 = dataset, dataset.tokenizer, dataset.sha256
+
+    def own_tokenizer(self, start: LoadedModel | None) -> Tokenizer | None:
+        """The one that text must be read with, if any."""
+        return start.tokenizer if start and self.options.init_from else None
 
     def model_config(self, start: LoadedModel | None, *, resuming: bool) -> ModelConfig:
         """The shape that was asked for, or the one of the model to start from."""

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from gptopt.config import ModelConfig
+from gptopt.config import ModelConfig, Options
 from gptopt.errors import UserError
 from gptopt.training.objective import Objective
 
@@ -36,7 +36,15 @@ def refuse_changed_options(objective: Objective, saved: dict[str, Any]) -> None:
 
 
 def _choices_of(objective: Objective) -> dict[str, Any]:
-    return {name: getattr(objective.options, name) for name in objective.FIXED}
+    options = objective.options
+    choices: dict[str, Any] = {}
+    for name in (*objective.FIXED, "lora"):
+        value = getattr(options, name)
+        if isinstance(value, Options):
+            choices |= {f"{name}.{key}": each for key, each in value.model_dump().items()}
+        else:
+            choices[name] = value
+    return choices
 
 
 def _of_model(values: dict[str, Any]) -> dict[str, Any]:

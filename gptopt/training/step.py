@@ -113,7 +113,9 @@ class Stepper:
         }
         with self._guard():
             with session.precision():
-                loss: Tensor = self._forward(**inputs, seed=self._seed(), **self._keywords).loss
+                loss = session.objective.loss(
+                    self._forward, inputs, seed=self._seed(), **self._keywords
+                )
             # The loss is a mean over targets, the step's that over all micro-batches and ranks.
             share = loss * part
             # Gradients are averaged over the ranks, where their sum is wanted.

@@ -11,15 +11,18 @@ from torch import Tensor
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path, tensors: Mapping[str, Tensor], fact: tuple[str, str] = ("format", "pt")
 ) -> None:
-    """Write contiguous tensors, and facts about them into the file's header.
+    """Write contiguous tensors, and a fact about them into the file's header.
+
+    One fact alone, for safetensors writes several in any order, and equal tensors shall make equal
+    files. Without one the header says that PyTorch wrote the file, which transformers asks for.
 
     Raises:
         OSError: the disk is full, or the path is not writable.
     """
     try:
-        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
+        save_file(dict(tensors), path, metadata=dict([fact]))
     except SafetensorError as error:
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:

@@ -81,7 +81,7 @@ def save_adapter(folder: Path, model: GPT, *, state: Mapping[str, Tensor] | None
     named = _named(model)
     held = dict(model.named_parameters()) if state is None else state
     tensors = {name: held[own].detach().contiguous() for name, own in named.items()}
-    write_tensors(folder / WEIGHTS, tensors, {_BASE: model.base.sha256})
+    write_tensors(folder / WEIGHTS, tensors, (_BASE, model.base.sha256))
     write_json(folder / CONFIG, _config(model, model.lora, model.base))
 
 

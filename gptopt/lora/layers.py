@@ -102,7 +102,9 @@ def lora_parameters(model: GPT) -> list[nn.Parameter]:
     return [parameter for _, module in lora_modules(model) for parameter in module.parameters()]
 
 
-def begin(model: GPT, options: LoraOptions, start: GPT | None, folder: Path | None) -> GPT:
+def begin(
+    model: GPT, options: LoraOptions, start: GPT | None = None, folder: Path | None = None
+) -> GPT:
     """Give a fresh model the weights that a run starts with, and the adapter it asks for.
 
     Args:

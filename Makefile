@@ -36,7 +36,7 @@ clients: setup
 	$(BIN)/python -P -m gptopt.export.clients.environments $(PIP_ARGS)
 
 test-clients: setup
-	$(TEST_ENV) $(BIN)/pytest tests/clients/matrix.py
+	$(TEST_ENV) $(BIN)/pytest tests/clients/matrix.py tests/clients/samples.py
 
 # What every kernel costs on every GPU, for which none is needed: an hour of one core the first time;
 # then only what has another kernel or configuration than its row in the table.

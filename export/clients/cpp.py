@@ -21,7 +21,12 @@ _LIBRARY = "libonnxruntime.so.1"  # the name that the program asks the loader fo
 
 
 def compiled() -> Path:
-    """The program, compiled anew where its source changed.
+    """The client's program, compiled anew where its source changed; see `build`."""
+    return build(_SOURCE, clients_folder() / "cpp" / "onnxruntime")
+
+
+def build(source: Path, program: Path) -> Path:
+    """A program that uses onnxruntime's library, compiled where it is older than its source.
 
     Raises:
         UserError: headers, compiler or library are missing, or it does not compile.
@@ -37,20 +42,20 @@ def compiled() -> Path:
         raise UserError("onnxruntime-cpp: no C++ compiler; install one, or name it in CXX")
     packages = python_of("onnxruntime").parents[1]
     library = next(packages.glob("lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.*"))
-    folder = clients_folder() / "cpp"
+    folder = program.parent
     folder.mkdir(parents=True, exist_ok=True)
-    program, link = folder / "onnxruntime", folder / _LIBRARY
+    link = folder / _LIBRARY
     link.unlink(missing_ok=True)
     link.symlink_to(library)
-    if not program.is_file() or program.stat().st_mtime < _SOURCE.stat().st_mtime:
+    if not program.is_file() or program.stat().st_mtime < source.stat().st_mtime:
         command = [
-            compiler, "-std=c++17", "-O1", f"-I{include}", str(_SOURCE), str(link),
+            compiler, "-std=c++17", "-O1", f"-I{include}", str(source), str(link),
             f"-Wl,-rpath,{folder}", "-o", str(program),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             wrong = next((line for line in done.stderr.splitlines() if "error" in line), "")
-            raise UserError(f"onnxruntime-cpp: does not compile: {wrong[:200]}; see {_SOURCE}")
+            raise UserError(f"onnxruntime-cpp: does not compile: {wrong[:200]}; see {source}")
     return program
 
 

@@ -50,9 +50,9 @@ def _node(library: str) -> Command:
     ]  # fmt: skip
 
 
-def _browser(library: str) -> Command:
+def _browser(library: str, device: str) -> Command:
     return lambda request, result, picture: [
-        "node", str(RUNNERS / "browser.mjs"), library, browser(), str(node_modules()),
+        "node", str(RUNNERS / "browser.mjs"), library, device, browser(), str(node_modules()),
         str(request), str(result), str(picture),
     ]  # fmt: skip
 
@@ -64,15 +64,18 @@ def _cpp(request: Path, result: Path, _: Path) -> list[str]:
 
 
 _IDS = ("greedy", "left padding", "right padding")
+_TJS = ("greedy", "left padding", "text")
 _CLIENTS = (
     Client("onnxruntime", _IDS, _python("onnxruntime", "onnxruntime_python.py")),
     Client("genai", ("greedy", "right padding", "text"), _python("genai", "genai.py")),
     Client("optimum", ("greedy", "left padding", "text"), _python("optimum", "optimum_onnx.py")),
     Client("openvino", _IDS, _python("openvino", "openvino_python.py")),
     Client("onnxruntime-node", _IDS, _node("onnxruntime")),
-    Client("onnxruntime-web", _IDS, _browser("onnxruntime")),
-    Client("transformers.js", ("greedy", "left padding", "text"), _node("transformers")),
-    Client("transformers.js-web", ("greedy", "left padding", "text"), _browser("transformers")),
+    Client("onnxruntime-web", _IDS, _browser("onnxruntime", "wasm")),
+    Client("onnxruntime-webgpu", _IDS, _browser("onnxruntime", "webgpu")),
+    Client("transformers.js", _TJS, _node("transformers")),
+    Client("transformers.js-web", _TJS, _browser("transformers", "wasm")),
+    Client("transformers.js-webgpu", _TJS, _browser("transformers", "webgpu")),
 )
 _CPP = Client("onnxruntime-cpp", _IDS, _cpp)
 CLIENTS = {client.name: client for client in (*_CLIENTS, _CPP)}

@@ -235,6 +235,9 @@ class LoopOptions(Options):
     log_every: Size = Field(10, description="steps between lines of metrics.jsonl")
     max_skips: int = Field(0, ge=0, description="steps with gradients that are not finite to skip")
     seed: int = Field(1337, ge=0, lt=2**63, description="seed of weights, data order and dropout")
+    qat: str | None = Field(
+        None, description="train for an export in this precision, such as q4: its rounding is felt"
+    )
     lora: LoraOptions = Field(default_factory=LoraOptions, description="a LoRA adapter")
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
@@ -242,6 +245,8 @@ class LoopOptions(Options):
     def _schedule_fits(self) -> Self:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}")
+        if self.qat is not None and self.lora.rank:
+            raise ValueError("--qat rounds the weights that --lora.rank freezes; leave one out")
         return self
 
 

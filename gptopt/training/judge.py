@@ -22,7 +22,7 @@ def evaluate(session: Session, heed: Callable[[], object]) -> Figures | None:
     # Every rank evaluates everything: where each holds a part of the model none may miss a batch.
     hook = session.model.register_forward_pre_hook(lambda *arguments: heed() and None)
     try:
-        with session.precision():
+        with session.precision(), session.rounded():
             figures = session.objective.evaluate(session.model)
     finally:
         hook.remove()
@@ -38,7 +38,8 @@ def sample(session: Session) -> None:
     if not session.world.is_first:
         return
     try:
-        text = session.objective.sample(session.model)
+        with session.rounded():
+            text = session.objective.sample(session.model)
     except UserError as error:
         logger.warning("no sample at step %d: %s", session.state.step, error)
         return

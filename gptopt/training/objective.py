@@ -57,7 +57,7 @@ class Objective(ABC):
     # runs may (another device or another kernel body no longer repeats every bit).
     FIXED: ClassVar[tuple[str, ...]] = (
         "seed", "batch_size", "accumulate", "lr", "min_lr", "warmup_steps", "schedule",
-        "weight_decay", "beta1", "beta2", "grad_clip", "label_smoothing", "init_from",
+        "weight_decay", "beta1", "beta2", "grad_clip", "label_smoothing", "init_from", "qat",
     )  # fmt: skip
 
     options: LoopOptions

@@ -200,6 +200,8 @@ def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
     state, out, checkpoints = session.state, session.out, session.checkpoints
     last, best = checkpoints.pointed("latest"), checkpoints.pointed("best")
     drawn = draw_loss(out / METRICS, out / PICTURE, f"{out.name}: loss")
+    with session.rounded():
+        finished = session.objective.finish(session.model, out)
     return {
         "out": str(out),
         "steps": state.step,
@@ -219,7 +221,7 @@ def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
         "checkpoint": str(last) if last else None,
         "best_checkpoint": str(best) if best else None,
         "loss_curve": str(out / PICTURE) if drawn else None,
-        **session.objective.finish(session.model, out),
+        **finished,
         "resumed_from": step_of(checkpoint) if checkpoint else None,
         "already_complete": False,
     }

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptopt.checkpoint import LoadedModel, load_model, save_model
 from gptopt.config import LoopOptions, ModelConfig
-from gptopt.errors import CheckFailed
+from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import write_json
 from gptopt.model import GPT
 from gptopt.training.checkpoints import Checkpoints
@@ -34,6 +34,7 @@ from gptopt.training.optimiser import (
 )
 from gptopt.training.parallel import checkpoint_activations, shard, whole
 from gptopt.training.resume import fixed_choices, refuse_changes
+from gptopt.training.rounding import MASTER, Rounding
 from gptopt.training.saving import Keep, Saver, Snapshot
 from gptopt.training.schedule import Schedule
 from gptopt.training.sharded import ShardReader, ShardWriter, index_name, load_sharded, save_sharded
@@ -66,6 +67,7 @@ class Session:
     state: TrainState
     fixed: dict[str, Any]
     checkpoints: Checkpoints
+    rounding: Rounding | None = None  # of --qat
     accumulate: int = 1  # micro-batches of a step
     world: World = field(default_factory=World)
 
@@ -78,6 +80,10 @@ class Session:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    def rounded(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what the model does: its weights are as --qat rounds them, if it does."""
+        return self.rounding.applied(self.model) if self.rounding else contextlib.nullcontext()
+
     def snapshot(self, keep: Keep) -> Snapshot:
         """All that a checkpoint of this moment says, `keep` having copied each tensor.
 
@@ -88,12 +94,15 @@ class Session:
         state.sampler = self.batches.state_dict()
         state.scaler = self.scaler.state_dict() if self.scaler else {}
         state.warm_end = self.schedule.warm_end
-        weights = {}
+        weights, masters = {}, {}
         adapter_only = self.model.lora is not None
         for name, weight in self.model.named_parameters():
             if weight.requires_grad or not adapter_only:
                 full = whole(weight.detach())
-                if first:
+                if first and self.rounding:
+                    weights[name] = keep(name, self.rounding(name, full))
+                    masters[name] = full
+                elif first:
                     weights[name] = keep(name, full)
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
         if self.world.sharded:
@@ -103,6 +112,7 @@ class Session:
         else:
             moments = {key: keep(key, value) for key, value in moments.items() if first}
         captured = capture_state(state, self.fixed, self.dropout)
+        moments |= {MASTER + key: keep(MASTER + key, value) for key, value in masters.items()}
         synchronise(self.device)
         return Snapshot(state.step, weights, moments, name, index, captured)
 
@@ -139,6 +149,11 @@ def open_session(
     fixed = fixed_choices(objective, config, dtype_name(dtype))
     if saved is not None:
         refuse_changes(options.out, saved, fixed)
+    rounding = None if options.qat is None else Rounding(config, options.qat)
+    if rounding is not None and world.sharded:
+        raise UserError(
+            "--qat: rounds whole matrices, of which --parallel fsdp gives each rank a part; use ddp"
+        )
     refuse_too_large(config, device, world.size if world.sharded else 1)
     state.sequences = state.sequences or options.batch_size * options.accumulate * world.size
     accumulate = micro_batches(state.sequences, options.batch_size, world.size)
@@ -161,6 +176,7 @@ def open_session(
         state=state,
         fixed=fixed,
         checkpoints=Checkpoints(out),
+        rounding=rounding,
         accumulate=accumulate,
         world=world,
     )
@@ -197,7 +213,10 @@ def _starting_model(options: LoopOptions, checkpoint: Path | None) -> LoadedMode
 
 def _restore(session: Session, checkpoint: Path) -> None:
     try:
-        load_optimiser_tensors(session.model, session.optimiser, _moments(session, checkpoint))
+        moments = _moments(session, checkpoint)
+        if session.rounding:
+            _restore_masters(session.model, moments)
+        load_optimiser_tensors(session.model, session.optimiser, moments)
         session.batches.load_state_dict(session.state.sampler)
         if session.scaler:
             session.scaler.load_state_dict(session.state.scaler)
@@ -208,6 +227,13 @@ def _restore(session: Session, checkpoint: Path) -> None:
             f"{checkpoint}: not a checkpoint this version can resume ({error!r}); use it with"
             f" --init-from instead"
         ) from None
+
+
+def _restore_masters(model: GPT, moments: dict[str, Tensor]) -> None:
+    """The weights that are trained; the checkpoint's own are these, rounded."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(moments.pop(MASTER + name))
 
 
 def _moments(session: Session, checkpoint: Path) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class Stepper:
         """
         started = time.monotonic()
         session, state = self.session, self.state
-        with self._undone_on_error():
+        with self._undone_on_error(), session.rounded():
             self.lr = session.schedule.lr(state.step, seconds)
             for group in session.optimiser.param_groups:
                 group["lr"] = self.lr

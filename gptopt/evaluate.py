@@ -10,14 +10,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gptopt.choices import evaluate_choices
 from gptopt.config import DataOptions, EvaluateOptions
-from gptopt.data import open_dataset
+from gptopt.data import Masking, open_dataset
 from gptopt.errors import CheckFailed, UserError
 from gptopt.log import progress, say
 from gptopt.runtime.edge import EdgeModel
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from gptopt.data import Dataset, TokenSplit
+    from gptopt.evaluate_masked import Guesser
 
 logger = logging.getLogger(__name__)
 
@@ -160,8 +161,10 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         val_loss (nats per token), perplexity (null above e^700), tokens (predicted),
-        bits_per_byte (of the text they spell; null for more than 4 million tokens), split (train
-        or val), seconds, tokens_per_second, and device or provider.
+        bits_per_byte (of the text they spell; null for more than 4 million tokens), accuracy
+        (null), split (train or val), seconds, tokens_per_second (read), and device or provider.
+        Of a masked language model: val_loss and accuracy of the tokens that were masked, tokens
+        (how many they were), bits_per_byte null.
 
     Raises:
         UserError: the model or the data cannot be used, or do not belong together.
@@ -169,37 +172,82 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """
     if options.choices is not None:
         return evaluate_choices(options)
-    score, tokenizer, block_size, where = _open_model(options)
+    opened = _open_model(options)
     data = DataOptions(val_fraction=0.0, text_field=options.text_field)
-    dataset = open_dataset(options.data, data, tokenizer=tokenizer)
+    dataset = open_dataset(options.data, data, tokenizer=opened.tokenizer)
     split = _choose(dataset, options.split)
     total = _tokens_of(split, options.max_tokens)
     started = time.perf_counter()
-    batches = list(windows(total, block_size, options.batch_size))
-    loss, tokens = _mean_loss(score, split, batches, show=True)
+    scored = _score(opened, split, options, total)
     seconds = time.perf_counter() - started
+    loss = scored["val_loss"]
     if not math.isfinite(loss):
         raise CheckFailed(
             f"{options.model}: the loss is {loss}, so its weights are broken; use an earlier "
             f"checkpoint"
         )
     result = {
-        "val_loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else None,
-        "tokens": tokens,
-        "bits_per_byte": _bits_per_byte(loss, tokens, split, tokenizer),
+        **scored,
         "split": split.name,
         "seconds": round(seconds, 3),
-        "tokens_per_second": round(tokens / seconds, 1),
-        **where,
+        "tokens_per_second": round(total / seconds, 1),
+        **opened.where,
     }
     if not options.json_output:
         _show(result)
     return result
 
 
-def _open_model(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[str, str]]:
-    """What scores, its tokenizer, its context in tokens, and where it runs."""
+def _score(
+    opened: "_Opened", split: "TokenSplit", options: EvaluateOptions, total: int
+) -> dict[str, Any]:
+    """Loss and what goes with it: of next tokens, or of masked ones."""
+    if opened.causal:
+        batches = list(windows(total, opened.block_size, options.batch_size))
+        loss, tokens = _mean_loss(opened.scorer(), split, batches, show=True)
+        bits = _bits_per_byte(loss, tokens, split, opened.tokenizer)
+        return {"val_loss": loss, "tokens": tokens, "bits_per_byte": bits, "accuracy": None}
+    from gptopt.evaluate_masked import score_masked
+
+    if opened.tokenizer.mask_id is None:
+        raise UserError(
+            f"{options.model}: is a masked language model whose tokenizer has "
+            f"no mask token; restore its files"
+        )
+    scored = score_masked(
+        opened.guesser(), split, Masking.of(opened.tokenizer), vocab_size=opened.vocab_size,
+        block_size=opened.block_size, batch_size=options.batch_size, max_tokens=options.max_tokens,
+        show=True,
+    )  # fmt: skip
+    if scored is None:
+        raise UserError(f"the {split.name} split is too short for one masked token; give more text")
+    return {"val_loss": scored.loss, "tokens": scored.tokens, "bits_per_byte": None,
+            "accuracy": scored.accuracy}  # fmt: skip
+
+
+class _Opened(NamedTuple):
+    """A model that is to be scored, and where it runs."""
+
+    model: Any  # nn.Module or EdgeModel
+    tokenizer: Tokenizer
+    block_size: int
+    vocab_size: int
+    causal: bool
+    where: dict[str, str]
+
+    def scorer(self) -> Scorer:
+        edge = isinstance(self.model, EdgeModel)
+        return edge_scorer(self.model) if edge else torch_scorer(self.model)
+
+    def guesser(self) -> "Guesser":
+        from gptopt.evaluate_masked import edge_guesser, torch_guesser
+
+        edge = isinstance(self.model, EdgeModel)
+        return edge_guesser(self.model) if edge else torch_guesser(self.model)
+
+
+def _open_model(options: EvaluateOptions) -> _Opened:
     if not is_edge_folder(Path(options.model)):
         return _open_torch(options)
     if options.kernels != "auto" or options.checkpoint != "auto":
@@ -208,13 +256,14 @@ def _open_model(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[
         )
     provider = "cpu" if options.device == "auto" else options.device
     edge = EdgeModel(Path(options.model), provider=provider)
-    _require_causal(options.model, edge.config["causal"])
     if edge.tokenizer is None:
         raise UserError(f"{options.model}: was exported without a tokenizer, so it reads no text")
-    return edge_scorer(edge), edge.tokenizer, edge.block_size, {"provider": edge.provider}
+    where = {"provider": edge.provider}
+    causal = edge.config["causal"]
+    return _Opened(edge, edge.tokenizer, edge.block_size, edge.vocab_size, causal, where)
 
 
-def _open_torch(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[str, str]]:
+def _open_torch(options: EvaluateOptions) -> _Opened:
     from gptopt.checkpoint import load_model
     from gptopt.training.hardware import resolve_device
 
@@ -228,17 +277,11 @@ def _open_torch(options: EvaluateOptions) -> tuple[Scorer, Tokenizer, int, dict[
             f"{loaded.folder}: has no tokenizer.json, so its ids cannot be compared with the "
             f"data's; copy the tokenizer it was trained with there"
         )
-    _require_causal(options.model, loaded.model.config.causal)
-    where = {"device": str(device)}
-    return torch_scorer(loaded.model), loaded.tokenizer, loaded.model.config.block_size, where
-
-
-def _require_causal(model: str, causal: bool) -> None:
-    if not causal:
-        raise UserError(
-            f"{model}: is a masked language model, which sees the token it would have to predict; "
-            f"the loss of next tokens means nothing for it"
-        )
+    config, where = loaded.model.config, {"device": str(device)}
+    assert config.vocab_size is not None
+    return _Opened(
+        loaded.model, loaded.tokenizer, config.block_size, config.vocab_size, config.causal, where
+    )
 
 
 def _choose(dataset: "Dataset", name: str) -> "TokenSplit":
@@ -258,12 +301,13 @@ def _bits_per_byte(
 
 
 def _show(result: dict[str, Any]) -> None:
-    bits = result["bits_per_byte"]
+    bits, right = result["bits_per_byte"], result["accuracy"]
     perplexity = result["perplexity"]
     say(
         f"{result['split']}: loss {result['val_loss']:.4f}"
         + ("" if perplexity is None else f", perplexity {perplexity:.4g}")
         + ("" if bits is None else f", {bits:.4f} bits per byte")
+        + ("" if right is None else f", {right:.1%} of masked tokens guessed")
         + f", {result['tokens']:,} tokens in {result['seconds']:.1f} s "
         f"({result['tokens_per_second']:,.0f} tokens/s)"
     )

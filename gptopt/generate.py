@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -20,6 +22,7 @@ from gptopt.model import GPT
 from gptopt.runtime.folder import end_ids as end_ids_of
 from gptopt.runtime.folder import is_edge_folder
 from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, prompt_ids
+from gptopt.runtime.guess import guess_masks, show_guesses
 from gptopt.runtime.verbs import continue_prompts
 from gptopt.tokenizer import Tokenizer
 
@@ -80,8 +83,11 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampl
 def generate(options: GenerateOptions) -> dict[str, Any]:
     """Continue the prompts of `gptopt generate`.
 
+    A masked language model guesses what its prompts' masks stand for.
+
     Returns:
-        What gptopt.runtime.verbs.continue_prompts returns, with `device`.
+        What gptopt.runtime.verbs.continue_prompts, or gptopt.runtime.guess.show_guesses, returns,
+        with `device`.
 
     Raises:
         UserError: no such model or device, a model without a tokenizer, or a prompt that does not
@@ -99,6 +105,8 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{loaded.folder}: has no tokenizer.json, so it cannot read a prompt")
+    if not loaded.model.config.causal:
+        return _guess(loaded.model, tokenizer, options, {"device": str(device)})
     ends = sorted({tokenizer.eos_id, *end_ids_of(loaded.folder)})
 
     def completer(
@@ -119,6 +127,18 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
         )
 
     return continue_prompts(completer, tokenizer, options, {"device": str(device)})
+
+
+def _guess(
+    model: GPT, tokenizer: Tokenizer, options: GenerateOptions, where: dict[str, str]
+) -> dict[str, Any]:
+    def forward(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        with _inference(model):
+            logits = model(torch.from_numpy(ids).to(next(model.parameters()).device)).logits
+            return logits.float().cpu().numpy()  # type: ignore[no-any-return]
+
+    results = guess_masks(forward, tokenizer, options.prompt, model.config.block_size)
+    return show_guesses(results, where, json_output=options.json_output)
 
 
 @contextmanager

@@ -106,10 +106,14 @@ class Tokenizer:
         )
         self.mask_id: int | None = None if mask is None else self._backend.token_to_id(mask)
         # Special here even where the file forgot to say so: only special ones are spelled out.
+        special = {
+            token.content for token in self._backend.get_added_tokens_decoder().values()
+            if token.special
+        }  # fmt: skip
         self._backend.add_special_tokens(
             [
                 tokenizers.AddedToken(name, special=True, normalized=False)
-                for name in sorted(set(self._control_names.values()))
+                for name in sorted(set(self._control_names.values()) - special)
             ]
         )
         self._control = {

@@ -10,6 +10,7 @@ from gptopt.config import GenerateOptions, RunOptions
 from gptopt.errors import UserError
 from gptopt.log import say
 from gptopt.runtime.generation import Completion, Context, Generated, OnText, prompt_ids
+from gptopt.runtime.guess import guess_masks, show_guesses
 from gptopt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -32,9 +33,11 @@ class Completer(Protocol):
 def run(options: RunOptions) -> dict[str, Any]:
     """Continue the prompts in onnxruntime; with --tune, measure its threads first.
 
+    A masked language model guesses what its prompts' masks stand for (gptopt.runtime.guess).
+
     Returns:
-        What `continue_prompts` returns, with `provider` and `precision`, what ran; with --tune
-        also `tuning` (gptopt.runtime.tune.Tuning), alone where there is no prompt.
+        What `continue_prompts` or `show_guesses` returns, with `provider` and `precision`, what
+        ran; with --tune also `tuning` (gptopt.runtime.tune.Tuning), alone where there is no prompt.
 
     Raises:
         UserError: no exported folder, it or this machine has not what was asked for, or the prompt
@@ -55,6 +58,12 @@ def run(options: RunOptions) -> dict[str, Any]:
     if model.tokenizer is None:
         raise UserError(f"{options.folder}: was exported without a tokenizer, so it reads no text")
     where = {"provider": model.provider, "precision": model.precision}
+    if not model.config["causal"]:
+        _require_prompt(options)
+        guessed = guess_masks(
+            lambda ids: model.forward(ids)[0], model.tokenizer, options.prompt, model.block_size
+        )
+        return {**show_guesses(guessed, where, json_output=options.json_output), **tuning}
     return {**continue_prompts(model.complete, model.tokenizer, options, where), **tuning}
 
 
@@ -86,8 +95,7 @@ def continue_prompts(
         (after the first token, all prompts together; null where there was no second token);
         and `where` it ran.
     """
-    if not options.prompt:
-        raise UserError("there is no prompt to continue; give one with --prompt")
+    _require_prompt(options)
     alone = len(options.prompt) == 1
     shown = not options.json_output
     live = shown and alone
@@ -117,6 +125,11 @@ def continue_prompts(
     if shown:
         _tell(summary, where)
     return summary
+
+
+def _require_prompt(options: RunOptions | GenerateOptions) -> None:
+    if not options.prompt:
+        raise UserError("there is no prompt to continue; give one with --prompt")
 
 
 class _Streamed:

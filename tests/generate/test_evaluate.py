@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from gptopt.config import DataOptions, EvaluateOptions, TokenizeOptions
 from gptopt.data import open_dataset, tokenize
 from gptopt.errors import CheckFailed, UserError
-from gptopt.evaluate import _windows, evaluate, evaluate_split
+from gptopt.evaluate import evaluate, evaluate_split, windows
 from gptopt.tokenizer import Tokenizer
 
 TEXT = "The lazy fox naps. \N{FOX FACE} The quick dog jumps over the caf\u00e9.\n" * 9
@@ -77,7 +77,7 @@ def test_a_part_is_spread_over_the_split_and_always_the_same(model):
 
 
 def test_windows_keep_to_the_batch_size():
-    found = [(offsets.tolist(), T) for offsets, T in _windows(24, 4, 2)]
+    found = [(offsets.tolist(), T) for offsets, T in windows(24, 4, 2)]
     assert found == [([0, 4], 4), ([8, 12], 4), ([16], 4), ([20], 3)]
 
 

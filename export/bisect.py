@@ -144,14 +144,19 @@ def locate(path: Path, model: nn.Module, *, file: EdgeFile | None = None) -> Dep
     return Bisection(model).locate(path, file)
 
 
-def explain(path: Path, model: nn.Module, file: EdgeFile | None = None) -> str:
-    """Where a file that failed its proof departs from the model, in a line."""
+def diagnose(path: Path, model: nn.Module, file: EdgeFile | None = None) -> Departure | str:
+    """Where a file that failed its proof departs from the model, or why that cannot be said."""
     try:
         found = locate(path, model, file=file)
     except Exception as error:  # the proof has failed: nothing may stand in the way of saying so
         logger.debug("bisection of %s", path, exc_info=True)
         return f"no operator could be named ({first_line(error)})"
-    return "each operator alone is within its budget" if found is None else str(found)
+    return "each operator alone is within its budget" if found is None else found
+
+
+def explain(path: Path, model: nn.Module, file: EdgeFile | None = None) -> str:
+    """What `diagnose` says, in a line."""
+    return str(diagnose(path, model, file))
 
 
 def _departure(

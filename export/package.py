@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, UserError
-from gptopt.export.bisect import explain
+from gptopt.export.bisect import Departure, diagnose
 from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import model_card
@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 KIND = "edge"
 GRAPH = "onnx/model.onnx"
 REPORT = "report.json"
+FAILED_REPORT = "failed-report.json"  # EDGE_DIR.failed-report.json, beside the folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,12 @@ class Variant:
     quality: Quality | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def failed(self) -> bool:
+        """Whether the proof does not hold, or too much is lost on held-out text."""
+        lost = self.quality is not None and self.quality.failure is not None
+        return lost or not self.proof.passed
+
     def as_dict(self) -> dict[str, Any]:
         """For report.json."""
         return {
@@ -129,7 +136,8 @@ def export_model(
 
     Raises:
         UserError: the folder exists, or the model cannot be exported as asked.
-        CheckFailed: a graph does not say what the model says; no folder is written.
+        CheckFailed: a graph does not say what the model says, or too little of it; no folder is
+            written, the report lies beside it (see `failed_report`).
     """
     plan, common = plan or Plan(), common or Common()
     config = _config_of(model, tokenizer)
@@ -145,30 +153,52 @@ def export_model(
         maker = _Maker(model, graph, build, plan, common.answers, staging, size)
         variants = []
         for precision in plan.precisions:
-            variant = maker.make(precision)
-            if not variant.proof.passed:
-                facts = variant.file.facts
-                raise CheckFailed(
-                    f"{folder}: not written, {facts.file} does not say what the model says: "
-                    f"{variant.proof.failure}; {explain(staging / facts.file, model, facts)}; "
-                    f"this is a fault of the export, please report it with the model's config.json"
-                )
-            quality = variant.quality
-            if quality is not None and quality.failure is not None:
-                raise CheckFailed(
-                    f"{folder}: not written, {precision.name} loses too much on held-out text: "
-                    f"{quality.failure}; choose a precision of more bits"
-        write_samples(staging)
-                )
-            variants.append(variant)
+            variants.append(maker.make(precision))
+            if variants[-1].failed:
+                raise _failure(folder, staging, model, build, variants)
         files = [each.file for each in variants]
         write_configs(staging, config, tokenizer, target.name, files)
+        write_samples(staging)
         report = _report(staging, model, build, variants)
         write_json(staging / REPORT, report)
         card = model_card(config, report, tokenizer=tokenizer is not None)
         write_text(staging / "README.md", card)
         write_manifest(staging, KIND)
+    failed_report(folder).unlink(missing_ok=True)  # of an earlier attempt
     return report
+
+
+def failed_report(folder: Path) -> Path:
+    """Where the report of an export goes that did not become a folder."""
+    return folder.with_name(f"{folder.name}.{FAILED_REPORT}")
+
+
+def _failure(
+    folder: Path, staging: Path, model: nn.Module, build: Build, variants: Sequence[Variant]
+) -> CheckFailed:
+    """What to say of the last variant, after its report was written beside the folder."""
+    last, path = variants[-1], failed_report(folder)
+    report = _report(staging, model, build, variants)
+    report |= {"passed": False, "failed": last.file.precision, "departure": None}
+    if last.proof.passed:
+        assert last.quality is not None
+        reason = (
+            f"{last.file.precision} loses too much on held-out text: {last.quality.failure}; "
+            f"choose a precision of more bits"
+        )
+    else:
+        facts = last.file.facts
+        found = diagnose(staging / facts.file, model, facts)
+        report["departure"] = found.as_dict() if isinstance(found, Departure) else None
+        reason = (
+            f"{facts.file} does not say what the model says: {last.proof.failure}; {found}; this "
+            f"is a fault of the export, please report it with the model's config.json"
+        )
+    try:
+        write_json(path, report)
+    except UserError as error:  # the reason matters more
+        return CheckFailed(f"{folder}: not written, {reason}; its report neither: {error}")
+    return CheckFailed(f"{folder}: not written, {reason}; see {path}")
 
 
 @dataclass(slots=True)

@@ -25,6 +25,9 @@ _WORTH_A_FILE = 2**20  # a data file stores shared bytes once, a graph twice
 # Kernels read whole cache lines, and large tensors are mapped into memory page by page.
 _LINE, _PAGE, _LARGE = 64, 4096, 2**20
 _PROTOBUF_LIMIT = 2**31 - 1
+_GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
+_INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER
+_RAW_DATA = onnx.TensorProto.RAW_DATA_FIELD_NUMBER
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,28 +143,58 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, ir.TensorProtocol]]:
 
 
 def _write_graph(model: ir.Model, path: Path) -> int:
-    try:
-        content = onnx_bytes(model)
-    except ValueError as error:  # protobuf's own limit
-        raise UserError(
-            f"{path}: {weight_bytes(model):,} bytes of weights do not fit into one ONNX file "
-            f"({first_line(error)}); write them beside it"
-        ) from error
-    path.write_bytes(content)
-    return len(content)
+    """Write the graph's file, the weights that are not beside it one after another.
 
-
-def onnx_bytes(model: ir.Model) -> bytes:
-    """The graph as an ONNX file holds it.
-
-    Raises:
-        ValueError: it would be larger than protobuf can hold.
+    A message of protobuf is its fields in any order, each behind its tag and, where it is a message
+    itself, its length. So weights may follow the rest of the graph as they are made.
     """
-    inside = sum(
-        tensor.nbytes for _, tensor in _weights(model) if not isinstance(tensor, ir.ExternalTensor)
-    )
-    if inside > _PROTOBUF_LIMIT:
-        raise ValueError(f"{inside:,} bytes, protobuf holds {_PROTOBUF_LIMIT:,}")
+    inside = {
+        value.name or "": (value, tensor)
+        for value, tensor in _weights(model)
+        if tensor.nbytes >= _INLINE_BYTES and not isinstance(tensor, ir.ExternalTensor)
+    }
+    size = sum(tensor.nbytes for _, tensor in inside.values())
+    if size > _PROTOBUF_LIMIT:
+        raise UserError(
+            f"{path}: {size:,} bytes of weights do not fit into one ONNX file, which ends at "
+            f"{_PROTOBUF_LIMIT:,}; write them beside it"
+        )
+    for name, (value, tensor) in inside.items():
+        shape = ir.Shape(tensor.shape.numpy())
+        value.const_value = ir.ExternalTensor("", 0, 0, tensor.dtype, shape=shape, name=name)
     proto: onnx.ModelProto = ir.to_proto(model)
-    content: bytes = proto.SerializeToString()
+    heads = {each.name: _head(each) for each in proto.graph.initializer if each.name in inside}
+    kept = [each for each in proto.graph.initializer if each.name not in inside]
+    del proto.graph.initializer[:]
+    proto.graph.initializer.extend(kept)
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    parts = [
+        (heads[name] + _field(_RAW_DATA, tensor.nbytes), tensor)
+        for name, (_, tensor) in inside.items()
+    ]
+    starts = [_field(_INITIALIZER, len(head) + tensor.nbytes) + head for head, tensor in parts]
+    length = len(graph) + size + sum(map(len, starts))
+    with path.open("wb") as file:
+        file.write(proto.SerializeToString() + _field(_GRAPH, length) + graph)
+        for start, (_, tensor) in zip(starts, parts, strict=True):
+            file.write(start)
+            file.write(tensor.tobytes())
+        return file.tell()
+
+
+def _head(tensor: onnx.TensorProto) -> bytes:
+    """What stands in front of a tensor's bytes: its name, type and sizes."""
+    for field in ("external_data", "data_location"):
+        tensor.ClearField(field)
+    content: bytes = tensor.SerializeToString()
     return content
+
+
+def _field(number: int, length: int) -> bytes:
+    """The tag of a field of bytes, and their number."""
+    found = bytearray([number << 3 | 2])
+    while length > 0x7F:
+        found.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*found, length])

@@ -127,4 +127,6 @@ def test_an_export_that_fails_its_proof_names_the_operator(monkeypatch, tmp_path
         package.export_model(model, None, tmp_path / "edge")
     assert "(SkipLayerNormalization of layer 1) departs first: norm of" in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["edge.failed-report.json"]
+    report = json.loads((tmp_path / "edge.failed-report.json").read_text())
+    assert report["departure"]["op_type"] == "SkipLayerNormalization"

@@ -200,7 +200,7 @@ def test_a_file_that_loses_too_much_leaves_no_folder(root, monkeypatch, tmp_path
     from gptopt.export import package
 
     monkeypatch.setattr(package, "allowed_of", lambda *_: Allowed(mean_kl=1e-9))
-    with pytest.raises(CheckFailed, match=r"not written, q4 loses too much .* more bits$"):
+    with pytest.raises(CheckFailed, match=r"not written, q4 loses too much .* more bits; see "):
         export(
             ExportOptions(
                 model=str(root / "model"), out=str(tmp_path / "edge"), precision="q4",

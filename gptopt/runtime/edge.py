@@ -1,7 +1,9 @@
 """An exported model in onnxruntime: checked before it is parsed, run on the provider asked for."""
 
+import contextlib
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,13 @@ from gptopt.runtime.folder import (
     load_config,
     load_tokenizer,
     model_file,
-    verify_folder,
+    verified,
 )
 from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, positions
 from gptopt.runtime.session import Session
 from gptopt.runtime.shared import SharedCache
 from gptopt.runtime.variants import AUTO, choose
+from gptopt.tokenizer import Tokenizer
 
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.int64]
@@ -35,7 +38,6 @@ class EdgeModel:
     """A verified exported folder, ready to run.
 
     Attributes:
-        tokenizer: the folder's tokenizer; None where the model was exported without one.
         config: sizes and end-of-text ids (gptopt.runtime.folder.EdgeConfig).
         provider: name of the provider that runs, such as "cpu".
         precision, file: of the ONNX file that runs (gptopt.runtime.variants).
@@ -73,22 +75,17 @@ class EdgeModel:
             CheckFailed: the folder was changed, or the graph is not what config.json says.
         """
         folder = Path(folder)
-        marks = file_marks(folder) if verify else {}
-        if verify:
-            verify_folder(folder, precision)
-        self.config = load_config(folder)
-        self.precision, self.file = choose(folder, precision)
-        self.settings = settings.chosen(provider.lower(), threads, spinning)
-        self._path = model_file(folder, self.file.file)
-        # The tokenizer first: the graph then takes the memory that reading it gave back.
-        self.tokenizer = load_tokenizer(folder, self.config["tokenizer_size"])
-        if self.tokenizer is not None:
-            self.config["eos_ids"] = sorted({*self.config["eos_ids"], self.tokenizer.eos_id})
-        self._session = Session(
-            self._path, self.config, provider, file=self.file, settings=self.settings
-        )
-        if verify and file_marks(folder) != marks:
-            raise CheckFailed(f"{folder}: was changed while it was read; load it again")
+        self._folder = folder
+        self._marks = file_marks(folder) if verify else None
+        with verified(folder, precision) if verify else contextlib.nullcontext():
+            self.config = load_config(folder)
+            self.precision, self.file = choose(folder, precision)
+            self.settings = settings.chosen(provider.lower(), threads, spinning)
+            self._path = model_file(folder, self.file.file)
+            self._session = Session(
+                self._path, self.config, provider, file=self.file, settings=self.settings
+            )
+        self._check_unchanged()
         self.provider = self._session.provider
         self.block_size = self.config["block_size"]
         self.vocab_size = self.config["vocab_size"]
@@ -97,7 +94,31 @@ class EdgeModel:
         self._own: Cache | None = None  # the one that belongs to no caller, kept for its memory
         self._given: Cache | None = None
         self._identity = ""
-        self._folder = folder
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """The folder's tokenizer; None where the model was exported without one.
+
+        It is read when it is first asked for: who works with token ids never waits for it.
+
+        Raises:
+            CheckFailed: it has another number of ids than config.json says, or the folder was
+                changed since the model was loaded.
+        """
+        tokenizer = load_tokenizer(self._folder, self.config["tokenizer_size"])
+        self._check_unchanged()
+        return tokenizer
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The ids that end a text: those of the folder, and the tokenizer's own."""
+        own = set() if self.tokenizer is None else {self.tokenizer.eos_id}
+        return sorted({*self.config["eos_ids"], *own})
+
+    def _check_unchanged(self) -> None:
+        """The files are still those that were checked."""
+        if self._marks is not None and file_marks(self._folder) != self._marks:
+            raise CheckFailed(f"{self._folder}: was changed while it was read; load it again")
 
     def forward(
         self,
@@ -262,7 +283,7 @@ class EdgeModel:
                 prompts,
                 sampling,
                 tokenizer=self.tokenizer,
-                end_ids=self.config["eos_ids"] if end_ids is None else end_ids,
+                end_ids=self.end_ids if end_ids is None else end_ids,
                 context=context,
                 on_text=on_text,
                 on_token=on_token,

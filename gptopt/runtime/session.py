@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from gptopt.errors import CheckFailed, UserError, first_line
+from gptopt.runtime.adapters import Matrices, Slots
 from gptopt.runtime.folder import EdgeConfig
+from gptopt.runtime.pages import use_huge_pages
 from gptopt.runtime.settings import Settings
 from gptopt.runtime.variants import EdgeFile
 
@@ -43,6 +45,7 @@ _PLAIN = EdgeFile()
 # onnxruntime's tiled attention is the faster one for float caches, the plain one for int8; the
 # variable is read while a session is opened.
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_SETTLED = 16  # tokens after which moving the weights, some 50 ms, will be repaid
 _ENTRIES = {
     "session.load_model_format": "ONNX",
     # Weights are packed for this processor while a session is opened, here by all threads.
@@ -61,6 +64,8 @@ class Session:
         cache_dtype, logits_dtype: numpy types.
         cache_shape: (K, D).
         keeps: whether the graph scores only the last positions where KEEP asks it to.
+        slots: low-rank inputs for adapters. adapter: changes with every switch of them.
+        keep_none: what KEEP is told where no position needs a score.
         settings: how its threads work.
     """
 
@@ -102,6 +107,12 @@ class Session:
         extra = {item.name: item for item in self._session.get_overridable_initializers()}
         self.keeps = KEEP in extra
         self._keep_shape = [1] if self.keeps and extra[KEEP].shape else []
+        self.slots = Slots(extra)
+        self.adapter = 0
+        self._low_rank: dict[str, Any] = {}
+        # Elsewhere than on a CPU, kernels may not take what is empty.
+        self.keep_none = -(2**31) if self.provider == "cpu" else 1
+        self._steps = 0
 
     def run(
         self, ids: Ints, mask: Bools, position_ids: Ints, past: Sequence[Any], keep: int = 0
@@ -149,9 +160,26 @@ class Session:
         array = np.array(count, dtype=np.int64).reshape(self._keep_shape)
         return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
+    def adapt(self, matrices: Matrices) -> None:
+        """Switch an adapter on, or with no matrices off; `adapter` counts the changes.
+
+        A binding keeps what was on when it was made.
+
+        Raises:
+            CheckFailed: they do not fit the graph.
+        """
+        self.slots.check(matrices, self._path)
+        values = self.slots.filled(matrices) if matrices else {}
+        make = _onnxruntime().OrtValue.ortvalue_from_numpy
+        self._low_rank = {name: make(value) for name, value in values.items()}
+        self.adapter += 1
+
     def new_binding(self) -> Any:
-        """An onnxruntime IOBinding of this session."""
-        return self._session.io_binding()
+        """An onnxruntime IOBinding of this session, with the adapter that is on."""
+        binding = self._session.io_binding()
+        for name, value in self._low_rank.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
 
     def execute(self, binding: Any) -> None:
         """Run what is bound; CheckFailed where the graph cannot."""
@@ -162,6 +190,12 @@ class Session:
                 f"{self._path}: onnxruntime cannot run the graph ({first_line(error)[:600]}); "
                 f"export the model again"
             ) from None
+
+    def count_step(self) -> None:
+        """Told of every token: when a text grows long, weights that lie well pay."""
+        self._steps += 1
+        if self._steps == _SETTLED and self.provider == "cpu":
+            use_huge_pages()
 
     def zeros(self, shape: tuple[int, ...]) -> tuple[Any, int]:
         """A zeroed buffer of the cache's type on the session's device, and its address.

@@ -67,6 +67,7 @@ class SharedCache(Cache):
         bound.feed("attention_mask", self._flat[: self.rows * S].reshape(self.rows, S))
         bound.scores(self._scores)
         bound.run()
+        self.session.count_step()
         return self._scores[:, 0].astype(np.float32, copy=False)
 
     def _place_right(self, ids: Ints, live: Bools) -> int:
@@ -127,7 +128,7 @@ class SharedCache(Cache):
             real[row, start : start + len(text)] = 1
         last = not (ragged and self.packed)
         order = positions(real.astype(np.bool_), longest)
-        scores = self._feed(0, self.rows, ids, real, order, last)
+        scores = self._feed(0, self.rows, ids, real, order, keep=int(last))
         self._ids[:, :longest], self._mask[:, :longest] = ids, real
         self._columns = longest
         self._lengths[:] = real.sum(axis=1)
@@ -160,22 +161,28 @@ class SharedCache(Cache):
             stop = min(start + step, end)
             order = np.arange(done, done + stop - start, dtype=np.int64)[None]
             ids, mask = self._ids[row : row + 1, start:stop], self._mask[row : row + 1, :stop]
-            scores = self._feed(row, 1, ids, mask, order, last=True)
+            keep = 1 if stop == end else self.session.keep_none
+            scores = self._feed(row, 1, ids, mask, order, keep)
             done += stop - start
         last: Floats = scores[0, -1]
         return last
 
-    def _feed(self, row: int, rows: int, ids: Ints, mask: Ints, order: Ints, last: bool) -> Floats:
-        """Run on some rows' part of the buffer: scores (rows, T or 1, V) float32."""
+    def _feed(self, row: int, rows: int, ids: Ints, mask: Ints, order: Ints, keep: int) -> Floats:
+        """Run on some rows' part of the buffer: scores (rows, T, V) float32, or of fewer positions.
+
+        `keep` is what the graph is told, where it can be told, see Session.
+        """
         T = ids.shape[1]
-        only = self.session.file.scores == "last" or (last and self.session.keeps)
-        shape = (rows, 1 if only else T, self.session.vocab_size)
-        scores = np.empty(shape, self.session.logits_dtype)
+        if self.session.file.scores == "last":
+            T = 1
+        elif keep and self.session.keeps:
+            T = max(keep, 0)
+        scores = np.empty((rows, T, self.session.vocab_size), self.session.logits_dtype)
         held = [np.ascontiguousarray(array, np.int64) for array in (ids, mask, order)]
         bound = self._bound(row, rows)
         for name, array in zip(_NAMES, held, strict=True):
             bound.feed(name, array)
-        bound.keep(1 if only and self.session.keeps else 0)
+        bound.keep(keep)
         bound.scores(scores)
         bound.run()
         return scores.astype(np.float32, copy=False)
@@ -235,7 +242,7 @@ class _Bound:
             self._fixed[name] = place
 
     def keep(self, count: int) -> None:
-        """Ask for the scores of the last positions only, where the graph offers it; 0: of all."""
+        """Ask for the scores of the last positions only, where the graph offers it; see Session."""
         if self._session.keeps and count != self._kept:
             self._kept = count
             self._binding.bind_ortvalue_input(KEEP, self._session.kept(count))

@@ -74,6 +74,21 @@ def test_generation_is_token_for_token_that_of_the_growing_form(models, texts, n
     assert len({token for row in want.rows for token in row.tokens}) >= 10
 
 
+@pytest.mark.parametrize("name", ["keep", "keepright"])
+def test_only_the_last_part_of_a_text_is_scored(models, name, monkeypatch):
+    from gptopt.runtime import shared
+
+    text = np.random.default_rng(9).integers(0, 250, size=17).tolist()
+    scored, run = [], shared._Bound.scores
+    monkeypatch.setattr(shared, "_PART", 5)
+    monkeypatch.setattr(
+        shared._Bound, "scores", lambda self, a: (scored.append(a.shape[1]), run(self, a))
+    )
+    found = models[name].new_cache().read([text])
+    np.testing.assert_allclose(found, expected(models, [text]), atol=BUDGET)
+    assert scored == [0, 0, 0, 1]
+
+
 @pytest.mark.parametrize("name", ["any", "right"])
 def test_a_batch_of_equal_lengths_and_one_in_parts_say_the_same(models, name, monkeypatch):
     rng = np.random.default_rng(8)

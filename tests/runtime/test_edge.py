@@ -148,11 +148,22 @@ def test_a_provider_that_fell_back_is_refused(pristine, monkeypatch):
         EdgeModel(pristine, provider="cuda")
 
 
+def test_the_tokenizer_is_read_when_it_is_asked_for(folder):
+    edge = EdgeModel(folder, threads=1)
+    edge.new_cache().read([[1, 2, 3]])
+    assert "tokenizer" not in vars(edge)
+    assert edge.tokenizer is edge.tokenizer
+    late = EdgeModel(folder, threads=1)
+    (folder / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes() + b" ")
+    with pytest.raises(CheckFailed, match="was changed while it was read; load it again"):
+        late.tokenizer  # noqa: B018
+
+
 def test_end_of_text_ids_come_from_the_folder_and_the_tokenizer(folder, tokenizer):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
     write_manifest(folder, "edge")
     edge = EdgeModel(folder, threads=1)
-    assert edge.config["eos_ids"] == sorted({3, 5, tokenizer.eos_id})
+    assert edge.end_ids == sorted({3, 5, tokenizer.eos_id})
     prompt = [1, 2]
     free = edge.generate([prompt], GREEDY, end_ids=())[0]
     stopped = edge.complete([prompt], GREEDY, end_ids=[free[2]]).rows[0]
@@ -180,7 +191,7 @@ def change_config(folder, **values):
 def test_a_graph_that_breaks_its_configuration_is_refused(folder, values, message):
     change_config(folder, **values)
     with pytest.raises(CheckFailed, match=message):
-        EdgeModel(folder, threads=1)
+        EdgeModel(folder, threads=1).tokenizer  # noqa: B018 - it is read when asked for
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def nothing_is_parsed(monkeypatch):
 
 def refused(folder, message, error=CheckFailed):
     with pytest.raises(error, match=message) as caught:
-        EdgeModel(folder, threads=1)
+        EdgeModel(folder, threads=1).tokenizer  # noqa: B018 - it is read when asked for
     assert "\n" not in str(caught.value)
 
 

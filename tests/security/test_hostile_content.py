@@ -37,7 +37,9 @@ def refused(folder, message, use=lambda model: None):
     tracemalloc.start()
     try:
         with pytest.raises(UserError, match=message) as caught:
-            use(EdgeModel(folder, threads=1))
+            model = EdgeModel(folder, threads=1)
+            model.tokenizer  # noqa: B018 - it is read when asked for
+            use(model)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

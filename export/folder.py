@@ -31,6 +31,7 @@ def write_configs(
     tokenizer: "Tokenizer | None",
     target: str,
     files: Sequence[GraphFile],
+    adapters: Sequence[str] = (),
 ) -> None:
     """config.json, generation_config.json, genai_config.json and the tokenizer's files."""
     ids: Mapping[str, int] = {}
@@ -43,6 +44,8 @@ def write_configs(
         "target": target,
         "files": {file.precision: file.facts.model_dump() for file in files},
     }
+    if adapters:
+        edge["adapters"] = list(adapters)
     values = _hf_config(config, tokenizer, ids)
     values |= {"transformers.js_config": _js_config(files), "gptopt_edge": edge}
     write_json(folder / "config.json", values)

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import MANIFEST, read_json, verify_file, verify_manifest
+from gptopt.runtime.client_files import refuse_hostile
 from gptopt.runtime.graph import check_graph
 from gptopt.runtime.variants import MODEL_FILE, choose
 from gptopt.tokenizer import Tokenizer
@@ -35,6 +36,7 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"tokenizer\.json"), 256 * _MIB),
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx"), 2**31),  # protobuf ends at 2 GiB
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx_data"), 2**38),
+    (re.compile(r"onnx/[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.onnx_adapter"), 2**31),
     # Programs for people to read; nothing here opens them but to hash their bytes.
     (re.compile(r"samples/(run\.(py|mjs|cpp)|index\.html)"), _MIB),
 )
@@ -79,6 +81,7 @@ def verify_folder(folder: Path, precision: str | None = None) -> None:
             return
     _check_place(folder)
     verify_manifest(folder, KIND)
+    refuse_hostile(folder)
 
 
 @contextlib.contextmanager
@@ -93,6 +96,7 @@ def verified(folder: Path, precision: str) -> Iterator[None]:
     """
     _check_place(folder)
     listed = verify_manifest(folder, KIND, unread=lambda name: name.startswith("onnx/"))["files"]
+    refuse_hostile(folder)
     _, chosen = choose(folder, precision)
     data = f"{chosen.file}_data"
     if chosen.file in listed:

@@ -255,6 +255,9 @@ class TrainOptions(LoopOptions):
 
     inputs: list[str] = Field(description="a data folder, or text, jsonl or parquet")
     preset: str | None = Field(None, description="named shape to start from")
+    mix: str | None = Field(
+        None, description="weights of several data folders, such as 0.7,0.3 (none: by their sizes)"
+    )
     objective: Literal["next", "masked"] = Field(
         "next", description="predict the next token, or hidden ones from both sides (masked LM)"
     )

@@ -27,7 +27,7 @@ from gptopt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from torch import nn
 
-    from gptopt.data import Dataset, TokenSplit
+    from gptopt.data import Dataset, Mixture, TokenSplit
     from gptopt.evaluate_masked import Guesser
 
 logger = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ def _open_torch(options: EvaluateOptions) -> _Opened:
     )
 
 
-def _choose(dataset: "Dataset", name: str) -> "TokenSplit":
+def _choose(dataset: "Dataset | Mixture", name: str) -> "TokenSplit":
     if name == "auto":
         name = "val" if len(dataset.val) else "train"
     return dataset.split(name)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gptopt.config import DataOptions, TokenizeOptions
+from gptopt.data.mixture import Mixture, parse_weights
 from gptopt.data.shards import (
     INDEX,
     SHARD_TOKENS,
@@ -90,17 +91,19 @@ def open_dataset(
     tokenizer: Tokenizer | None = None,
     cache: Path | None = None,
     verify: bool = True,
-) -> Dataset:
-    """Open a data folder as it is, or tokenise text on the way.
+    mix: str | None = None,
+) -> Dataset | Mixture:
+    """Open data folders as they are, or tokenise text on the way.
 
     Args:
-        inputs: one data folder, or files and folders of text.
+        inputs: data folders, or files and folders of text.
         data: how text is tokenised; a data folder was tokenised before, only its tokenizer counts.
         tokenizer: the tokenizer that must be used (a model's own). None: the one `data` names, or
             a new one.
         cache: data folder to write for text, or to use again where it was made of the same text
             with the same options. None: a temporary one that goes with the Dataset.
         verify: compare the sha256 of every shard, not only its size.
+        mix: weights of several data folders, as `--mix` takes them.
 
     Raises:
         UserError: the input is missing, empty or malformed, made with another tokenizer, or
@@ -108,10 +111,19 @@ def open_dataset(
         CheckFailed: the data folder was changed.
     """
     wanted = _given_tokenizer(data, tokenizer)
-    if any(_is_data_folder(name) for name in inputs):
-        if len(inputs) > 1:
-            raise UserError(f"{inputs[0]} and {len(inputs) - 1} more: give one data folder alone")
-        dataset = Dataset(Path(inputs[0]), verify=verify)
+    tokenised = [_is_data_folder(name) for name in inputs]
+    weights = None if mix is None else parse_weights(mix, inputs)
+    if any(tokenised) or weights:
+        if not all(tokenised):
+            raise UserError(
+                f"{inputs[tokenised.index(False)]}: is text, and only data folders can be mixed; "
+                f"run gptopt tokenize on it first"
+            )
+        dataset = (
+            Dataset(Path(inputs[0]), verify=verify)
+            if len(inputs) == 1
+            else Mixture([Path(name) for name in inputs], weights, verify=verify)
+        )
         if wanted is not None and wanted.sha256 != dataset.tokenizer.sha256:
             raise UserError(
                 f"{inputs[0]}: was tokenised with another tokenizer (sha256 "

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from gptopt.data.sampler import Sampler
 from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import read_json, sha256_of, write_json
 from gptopt.tokenizer import Tokenizer
@@ -93,6 +95,15 @@ class TokenSplit:
         self._shards = [_mapped(folder / entry["file"], _DTYPES[dtype]) for entry in entries]
         self._starts = np.cumsum([0, *(len(shard) for shard in self._shards)])
 
+    @classmethod
+    def joined(cls, splits: "Sequence[TokenSplit]") -> Self:
+        """Splits of one tokenizer and one name, one behind the other."""
+        whole = cls.__new__(cls)
+        whole.name, whole._size = splits[0].name, splits[0]._size
+        whole._shards = [shard for split in splits for shard in split._shards]
+        whole._starts = np.cumsum([0, *(len(shard) for shard in whole._shards)])
+        return whole
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -154,6 +165,16 @@ class Dataset:
         identity = [stated, self.index["dtype"]]
         identity += [[(e["sha256"], e["tokens"]) for e in splits[name]] for name in SPLITS]
         self.sha256: str = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def sampler(
+        self, block_size: int, batch_size: int, seed: int, rank: int, world: int
+    ) -> Sampler:
+        """Offsets of blocks in `train`.
+
+        Raises:
+            UserError: there are fewer tokens than a block has.
+        """
+        return Sampler(len(self.train), block_size, batch_size, seed, rank, world)
 
     def split(self, name: str) -> TokenSplit:
         """The split called train or val.

@@ -1,12 +1,14 @@
 """`gptopt train`: the objectives that need nothing but text, next token and masked token."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import ModelConfig, SamplingOptions, TrainOptions
-from gptopt.data import IGNORED, Dataset, Masking, Sampler, TokenSplit, open_dataset
+from gptopt.data import IGNORED, Dataset, Masking, Mixture, Sampler, TokenSplit, open_dataset
+from gptopt.data.mixture import MixtureSampler
 from gptopt.errors import UserError
 from gptopt.evaluate import evaluate_split
 from gptopt.evaluate_masked import score_masked, torch_guesser
@@ -25,7 +27,7 @@ class NextToken(Objective):
 
     FIXED = (*Objective.FIXED, "objective", "z_loss")
     options: TrainOptions
-    dataset: Dataset
+    dataset: Dataset | Mixture
 
     def __init__(self, options: TrainOptions) -> None:
         self.options = options
@@ -39,14 +41,18 @@ class NextToken(Objective):
         """The data folder, or the text, tokenised into the run folder."""
         options, cache = self.options, out / "data"
         tokenizer = self.own_tokenizer(start)
+        opened = partial(
+            open_dataset, options.inputs, options.data,
+            tokenizer=tokenizer, cache=cache, mix=options.mix,
+        )  # fmt: skip
         try:
-            dataset = open_dataset(options.inputs, options.data, tokenizer=tokenizer, cache=cache)
+            dataset = opened()
         except UserError:
             if resuming or not cache.exists():
                 raise
             # What an earlier attempt tokenised from other text or options: no checkpoint needs it.
             shutil.rmtree(cache)
-            dataset = open_dataset(options.inputs, options.data, tokenizer=tokenizer, cache=cache)
+            dataset = opened()
         self.dataset, self.tokenizer, self.sha256 = dataset, dataset.tokenizer, dataset.sha256
 
     def own_tokenizer(self, start: LoadedModel | None) -> Tokenizer | None:
@@ -81,9 +87,8 @@ class NextToken(Objective):
 
     def batches(self, config: ModelConfig, batch_size: int, rank: int, world: int) -> "Blocks":
         """Blocks of text in a shuffled order."""
-        train = self.dataset.train
-        sampler = Sampler(len(train), self.block_size, batch_size, self.options.seed, rank, world)
-        return Blocks(train, sampler, self.block_size)
+        sampler = self.dataset.sampler(self.block_size, batch_size, self.options.seed, rank, world)
+        return Blocks(self.dataset.train, sampler, self.block_size)
 
     def keywords(self) -> dict[str, float]:
         """The loss may be smoothed, and its logits kept small."""
@@ -216,7 +221,7 @@ class Masked(NextToken):
 class Blocks:
     """Blocks of text in the sampler's order: rows of T tokens, and the tokens after them."""
 
-    def __init__(self, split: TokenSplit, sampler: Sampler, length: int) -> None:
+    def __init__(self, split: TokenSplit, sampler: Sampler | MixtureSampler, length: int) -> None:
         self.split, self.sampler, self.length = split, sampler, length
 
     def next(self) -> Batch:

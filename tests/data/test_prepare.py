@@ -326,7 +326,7 @@ def test_a_50_megabyte_line_needs_bounded_memory(tmp_path):
 def test_open_dataset_refuses_what_cannot_be_meant(make, tmp_path):
     dataset, _ = make(file(tmp_path, "a.txt", prose(60)))
     folder = str(dataset.folder)
-    with pytest.raises(UserError, match="give one data folder alone"):
+    with pytest.raises(UserError, match="is text, and only data folders can be mixed"):
         open_dataset([folder, str(tmp_path / "a.txt")], DataOptions())
     other = Tokenizer.train(["other"], kind="char")
     with pytest.raises(UserError, match="was tokenised with another tokenizer"):

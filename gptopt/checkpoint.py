@@ -20,7 +20,7 @@ from gptopt.config import ModelConfig
 from gptopt.errors import UserError, first_line
 from gptopt.lora import Adapter, is_adapter, load_adapter, put_on, save_adapter
 from gptopt.manifest import read_json, write_json, write_text
-from gptopt.model import GPT
+from gptopt.model import GPT, model_of
 from gptopt.model.block import Impl
 from gptopt.tensors import write_tensors
 
@@ -105,7 +105,7 @@ def save_model(
 
 def _check_plain(config: ModelConfig, state: dict[str, Tensor]) -> None:
     with torch.device("meta"):
-        plain = GPT(config).state_dict().keys()
+        plain = model_of(config).state_dict().keys()
     if state.keys() != plain:
         raise ValueError(
             f"the model's weights are not those of a plain GPT: "
@@ -153,7 +153,7 @@ def load_model(
                 f"of the weights; restore the file"
             )
         with torch.device("meta"):
-            model = GPT(config, kernels=kernels)
+            model = model_of(config, kernels=kernels)
         state = _read_state(folder, model, architecture, stored, device, dtype or torch.float32)
     _warn_of_nan(folder, state)
     model.load_state_dict(state, assign=True)

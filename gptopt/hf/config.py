@@ -5,6 +5,7 @@ as it was, whatever the other keys can say.
 """
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from gptopt.config import ModelConfig
+from gptopt.config_classifier import ClassifierConfig, model_config_of
 from gptopt.errors import UserError
 from gptopt.hf.architectures import ARCHITECTURES, Architecture
 
 logger = logging.getLogger(__name__)
 
+_CLASSIFIES = "ForSequenceClassification"
 OWN = "gptopt"  # our model_type, and the key of our own configuration
 
 # Keys that change the maths of any architecture, with the values that leave it as it is.
@@ -58,6 +61,8 @@ def obstacles(config: ModelConfig, architecture: str) -> list[str]:
         found.append(f"head_dim={config.head_size}")
     if kind.keys == "llama" and config.n_embd % config.n_head:
         found.append(f"n_embd={config.n_embd} with n_head={config.n_head}")
+    if isinstance(config, ClassifierConfig) and config.pooling != "last":
+        found.append(f"pooling={config.pooling}")
     return found
 
 
@@ -89,10 +94,41 @@ def config_to_json(
     if tokenizer_size is not None:
         own["tokenizer_size"] = tokenizer_size
     known = ARCHITECTURES.get(architecture)
-    head = {"model_type": architecture, "architectures": [known.class_name if known else "GPT"]}
+    name = known.class_name if known else "GPT"
+    labels = {}
+    if isinstance(config, ClassifierConfig):
+        name = _classifying(name) if known else "Classifier"
+        labels = _label_keys(config)
+    head = {"model_type": architecture, "architectures": [name]}
     # transformers fills missing ids with those of the original model, so None is written too.
     ids = {name: (token_ids or {}).get(name) for name in _TOKEN_IDS}
-    return head | _their_keys(config, architecture) | ids | {"dtype": dtype, OWN: own}
+    return head | _their_keys(config, architecture) | labels | ids | {"dtype": dtype, OWN: own}
+
+
+def _classifying(class_name: str) -> str:
+    """GPT2LMHeadModel -> GPT2ForSequenceClassification"""
+    return re.sub("LMHeadModel|ForCausalLM", _CLASSIFIES, class_name)
+
+
+def _label_keys(config: ClassifierConfig) -> dict[str, Any]:
+    kind = "multi_label" if config.multi_label else "single_label"
+    return {
+        "id2label": {str(at): name for at, name in enumerate(config.labels)},
+        "label2id": {name: at for at, name in enumerate(config.labels)},
+        "problem_type": f"{kind}_classification",
+    }
+
+
+def _classifier(theirs: ModelConfig, raw: Mapping[str, Any], where: Path) -> ModelConfig:
+    """A classifier of transformers, which labels the last token and has no head."""
+    table = raw.get("id2label")
+    count = len(table) if isinstance(table, dict) else 0
+    if not isinstance(table, dict) or set(table) != {str(at) for at in range(count)}:
+        raise UserError(f"{where}: id2label does not number the labels from 0; restore the file")
+    names = [table[str(at)] for at in range(count)]
+    several = raw.get("problem_type") == "multi_label_classification"
+    shape = theirs.model_dump() | {"tie_head": True}
+    return _model_config(shape | {"labels": names, "multi_label": several}, where)
 
 
 def _their_keys(config: ModelConfig, architecture: str) -> dict[str, Any]:
@@ -149,7 +185,9 @@ def config_from_json(raw: Mapping[str, Any], where: Path) -> tuple[ModelConfig, 
     _refuse_other_maths(raw, kind, where)
     theirs = (_read_gpt2 if kind.keys == "gpt2" else _read_llama)(raw, kind, where)
     if own is None:
-        return theirs, architecture
+        named = raw.get("architectures") or [""]
+        labels = isinstance(named, list) and str(named[0]).endswith(_CLASSIFIES)
+        return _classifier(theirs, raw, where) if labels else theirs, architecture
     stated, implied = _their_keys(theirs, architecture), _their_keys(own, architecture)
     for key in sorted(stated.keys() - _TRAINING_ONLY):
         if stated[key] != implied[key]:
@@ -171,7 +209,7 @@ def _model_config(values: dict[str, Any], where: Path) -> ModelConfig:
     if values.get("vocab_size") is None:
         raise UserError(f"{where}: vocab_size is missing; restore the file")
     try:
-        return ModelConfig(**values)
+        return model_config_of(values)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

@@ -46,6 +46,7 @@ def _cut(tensor: Tensor, names: tuple[str, ...], rows: tuple[int, ...]) -> dict[
 
 
 HEAD = "lm_head.weight"
+SCORE = "score.weight"  # of a classifier's labels, the same name in transformers and here
 
 
 def weights(
@@ -63,6 +64,10 @@ def weights(
     shared = {ours: names for names in kind.modules for ours in names.split("+")}
     found = []
     for own in shapes:
+        if own == SCORE:
+            rows = (shapes[own][0],)
+            found.append(Weight((own,), rows, (own,), rows, False))
+            continue
         place, module, leaf = _address(own)
         together = shared[module].split("+")
         if module != together[0]:
@@ -98,7 +103,7 @@ def _weight(
 
 def stored_name(architecture: str, name: str) -> str:
     """The name that transformers writes for one of `weights`."""
-    if architecture == OWN or name == HEAD:
+    if architecture == OWN or name in (HEAD, SCORE):
         return name
     return ARCHITECTURES[architecture].prefix + name
 

@@ -5,6 +5,7 @@ Sizes, in code and docstrings: B batch, T new tokens, P tokens in the cache, S =
 """
 
 from gptopt.model.block import Block, Cache, Norm
+from gptopt.model.classifier import Classifier, model_of
 from gptopt.model.gpt import GPT, ModelOutput
 
-__all__ = ["GPT", "Block", "Cache", "ModelOutput", "Norm"]
+__all__ = ["GPT", "Block", "Cache", "Classifier", "ModelOutput", "Norm", "model_of"]

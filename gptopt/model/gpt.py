@@ -33,7 +33,7 @@ from gptopt.model.lora import Base
 
 logger = logging.getLogger(__name__)
 
-_INIT_STD = 0.02
+INIT_STD = 0.02
 
 
 class ModelOutput(NamedTuple):
@@ -98,12 +98,12 @@ class GPT(nn.Module):
 
         Source: Radford et al. 2019 (GPT-2), section 2.3.
         """
-        residual_std = _INIT_STD / math.sqrt(2 * self.n_layer)
+        residual_std = INIT_STD / math.sqrt(2 * self.n_layer)
         for name, parameter in self.named_parameters():
             if name.endswith(("attn.proj.weight", "ffn.down.weight")):
                 nn.init.normal_(parameter, std=residual_std)
             elif parameter.dim() > 1:
-                nn.init.normal_(parameter, std=_INIT_STD)
+                nn.init.normal_(parameter, std=INIT_STD)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
             else:
@@ -158,6 +158,30 @@ class GPT(nn.Module):
         Raises:
             ValueError: a shape does not fit, or a position lies beyond block_size.
         """
+        x, present = self.hidden(
+            ids, attention_mask=attention_mask, position_ids=position_ids, doc_ids=doc_ids,
+            past=past, use_cache=use_cache, seed=seed,
+        )  # fmt: skip
+        cached = present if use_cache else None
+        if targets is not None:
+            loss = self._loss(x, targets, label_smoothing, z_loss, ignore_index)
+            return ModelOutput(None, loss, cached)
+        if logits_to_keep:
+            x = x[:, -logits_to_keep:]
+        return ModelOutput(self._logits(x), None, cached)
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        past: Sequence[Cache] | StaticCache | None = None,
+        use_cache: bool = False,
+        seed: Tensor | None = None,
+    ) -> tuple[Tensor, list[Cache]]:
+        """What the head reads (B, T, C), and with use_cache the cache; see `forward`."""
         lengths = past.lengths if isinstance(past, StaticCache) else None
         P = 0 if past is None or lengths is not None else past[0][0].shape[2]
         key_mask = None if attention_mask is None else attention_mask.bool()
@@ -180,14 +204,7 @@ class GPT(nn.Module):
                 present.append(cache)
         if self.norm is not None:
             x, _ = self.norm(x, residual, self._dropout_p(seeds), seeds[-1])  # (B, T, C)
-
-        cached = present if use_cache else None
-        if targets is not None:
-            loss = self._loss(x, targets, label_smoothing, z_loss, ignore_index)
-            return ModelOutput(None, loss, cached)
-        if logits_to_keep:
-            x = x[:, -logits_to_keep:]
-        return ModelOutput(self._logits(x), None, cached)
+        return x, present
 
     def _shared(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import LoopOptions, ModelConfig
 from gptopt.lora import begin
-from gptopt.model import GPT
+from gptopt.model import GPT, model_of
 from gptopt.tokenizer import Tokenizer
 
 Figures = dict[str, float]
@@ -93,7 +93,7 @@ class Objective(ABC):
 
     def build(self, config: ModelConfig, start: LoadedModel | None) -> GPT:
         """The model with its first weights, on the CPU, in float32."""
-        fresh = GPT(config, kernels=self.options.kernels)
+        fresh = model_of(config, kernels=self.options.kernels)
         if start is None:
             return begin(fresh, self.options.lora)
         return begin(fresh, self.options.lora, start.model, start.folder)

@@ -1,0 +1,38 @@
+"""The shape of a model that labels text: that of a GPT, and its labels."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from gptopt.config import MAX_SIZE, ModelConfig
+
+
+class ClassifierConfig(ModelConfig):
+    """A GPT whose head gives a score to each label instead of each token."""
+
+    labels: list[str] = Field(
+        min_length=1, max_length=MAX_SIZE, description="names of the labels, in their order"
+    )
+    multi_label: bool = Field(False, description="a text may have several labels, or none")
+    pooling: Literal["last", "mean"] = Field(
+        "last", description="the vector that is labelled: of the last token, or the mean of all"
+    )
+
+    @model_validator(mode="after")
+    def _labels_differ(self) -> Self:
+        if len(set(self.labels)) < len(self.labels):
+            twice = next(name for name in self.labels if self.labels.count(name) > 1)
+            raise ValueError(f"the label {twice!r} is there twice")
+        return self
+
+
+def model_config_of(values: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of whichever kind of model these values describe."""
+    kind = ClassifierConfig if "labels" in values else ModelConfig
+    return kind.model_validate(values)
+
+
+def labels_of(config: ModelConfig) -> list[str] | None:
+    """The labels of a model that labels text; None for one that predicts tokens."""
+    return config.labels if isinstance(config, ClassifierConfig) else None

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from gptopt.errors import UserError
 from gptopt.export.clients.limits import Limit, known_limit
 from gptopt.export.clients.registry import Client, ask
 from gptopt.export.reference import Reference
@@ -23,6 +22,7 @@ _TEXT = "The model reads this, and goes on:"
 _ROWS = (7, 1, 4)  # lengths of ragged prompts
 _TOKENS = {"greedy": 64, "left padding": 12, "right padding": 12, "text": 24}
 _THREADS = 2
+MASKED = "masked"  # the case of a masked language model
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,12 +90,12 @@ def check_clients(
         cases: names of the cases to play; none: all that a client has.
 
     Raises:
-        UserError: a client is not installed, or the folder is not one for clients.
+        UserError: a client is not installed, or the folder has no tokenizer.
     """
     played = _Play(folder, model, precision, tokens)
     said = []
     for client in clients:
-        names = [name for name in client.cases if cases is None or name in cases]
+        names = [name for name in played.cases_of(client) if cases is None or name in cases]
         picture = None
         if pictures is not None:
             pictures.mkdir(parents=True, exist_ok=True)
@@ -115,15 +115,18 @@ class _Play:
         self.folder, self.model = folder, model
         self.precision, self.file = choose(folder, precision)
         sizes = load_config(folder)
-        if not sizes["causal"]:
-            raise UserError(f"{folder}: is a masked language model, no client generates with it")
+        self._causal = sizes["causal"]
         self._tokenizer = Tokenizer.load(folder)
         path = model_file(folder, self.file.file)
         self._held = held_by(path)
-        self._reference = Reference(model, causal=True, held=self._held)
+        self._reference = Reference(model, causal=self._causal, held=self._held)
         self._external = [each.name for each in sorted(path.parent.glob(path.name + "_data*"))]
         self._room = sizes["block_size"] - max(_ROWS)
         self._tokens = {**_TOKENS, **({} if tokens is None else {"greedy": tokens})}
+
+    def cases_of(self, client: Client) -> tuple[str, ...]:
+        """What a client can be asked for with this model."""
+        return client.cases if self._causal else (MASKED,)
 
     def request(self, names: Sequence[str]) -> dict[str, Any]:
         """See gptopt.export.clients.registry.ask."""
@@ -134,11 +137,14 @@ class _Play:
             "external": self._external,
             "pad_id": self._tokenizer.pad_id,
             "threads": _THREADS,
+            "causal": self._causal,
             "cases": [self._case(name) for name in names],
         }
 
     def _case(self, name: str) -> dict[str, Any]:
         case: dict[str, Any] = {"name": name}
+        if name == MASKED:
+            return case | {"tokens": 0, "padding": "right", "prompts": self._prompts(_ROWS)}
         case["tokens"] = max(1, min(self._tokens[name], self._room))
         if name == "text":
             case["text"] = self._text(self._room - case["tokens"])
@@ -175,24 +181,23 @@ class _Play:
             said.error = f"the text became {answer['prompts'][0]}, expected {prompts[0]}"
             return
         rows = [self._until_end(row) for row in answer["tokens"]]
-        if len(rows) != len(prompts) or not all(rows):
+        if len(rows) != len(prompts) or not (all(rows) or said.case == MASKED):
             said.error = f"{len(rows)} rows, some empty perhaps; expected {len(prompts)} texts"
             return
-        logits = np.asarray(answer["logits"], np.float32)
-        claims = [
-            Claim(
-                row=index,
-                tokens=tuple(prompt),
-                first=len(prompt) - 1,
-                logits=scores[None],
-                offset=0,
+        claims = []
+        for index, (prompt, row) in enumerate(zip(prompts, answer["logits"], strict=True)):
+            scored = len(prompt) if said.case == MASKED else 1
+            logits = np.asarray(row, np.float32).reshape(scored, -1)
+            first = len(prompt) - scored
+            claims.append(
+                Claim(tokens=tuple(prompt), first=first, logits=logits, row=index, offset=0)
             )
-            for index, (prompt, scores) in enumerate(zip(prompts, logits, strict=True))
-        ]
         outcome = judge(said.case, claims, self._reference.expect(claims), band_of(self._held))
         said.max_abs_error, said.budget = outcome.max_abs_error, outcome.budget
         if not outcome.passed:
             said.error = f"logit error {said.max_abs_error:.2e}, budget {said.budget:.2e}"
+        if said.case == MASKED:
+            return
         for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
             self._judge_tokens(said, index, prompt, row, case["tokens"])
         said.distinct = len({token for row in rows for token in row})

@@ -26,6 +26,7 @@ class Limit:
 
 
 _EVERY = ("greedy", "left padding", "right padding", "text")
+_TJS, _TJS_WEB, _TJS_GPU = "transformers.js", "transformers.js-web", "transformers.js-webgpu"
 LIMITS = (
     Limit(
         "one row", "openvino", ("Reshape", "inputProduct == outputProduct"), _EVERY[1:3],
@@ -36,10 +37,34 @@ LIMITS = (
         "converts no GroupQueryAttention with attn_softcap; use --target standard-growing",
     ),
     Limit(
-        "no quantised embedding", "transformers.js-web",
+        "no quantised embedding", _TJS_WEB,
         ("Could not find an implementation for GatherBlockQuantized",), _EVERY,
         "onnxruntime-web's build with WebGPU, which transformers.js always loads, has no kernel of "
-        "GatherBlockQuantized for WebAssembly; use --precision fp32 or fp16 there",
+        "GatherBlockQuantized for WebAssembly; use --target web",
+    ),
+    *(
+        Limit(
+            "no float16 on the GPU", client, ("requires f16 but the device does not support it",),
+            (*_EVERY, "masked"),
+            "this GPU, or the software in its place, has no shader-f16; use --precision fp32 or q4",
+        )
+        for client in ("onnxruntime-webgpu", _TJS_GPU)
+    ),
+    *(
+        Limit(
+            "no masked models", client, ("Unsupported model type: gpt2",), ("masked",),
+            "knows no masked language model of this type; run the graph with onnxruntime there",
+        )
+        for client in (_TJS, _TJS_WEB, _TJS_GPU)
+    ),
+    Limit(
+        "no masked models", "genai", ("Model package support requires",), ("masked",),
+        "runs causal models only, so their folder has no genai_config.json",
+    ),
+    Limit(
+        "no positions", "optimum", ("Input position_ids is required by model but not provided",),
+        ("masked",),
+        "feeds no position_ids to masked language models; use its ORTModelForCustomTasks",
     ),
 )  # fmt: skip
 

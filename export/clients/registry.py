@@ -29,7 +29,8 @@ class Client:
     """One program.
 
     Attributes:
-        cases: names of the cases it has a way to play.
+        cases: names of the cases it has a way to play with a causal model. Every client is asked
+            for "masked", that of a masked language model.
         command: see Command.
     """
 
@@ -105,13 +106,14 @@ def ask(client: Client, request: dict[str, Any], picture: Path | None = None) ->
     Args:
         client: the program.
         request: "folder", "file", "precision", "external" (names of the files with its weights),
-            "pad_id", "threads", and "cases": each with "name", "tokens", and either "prompts"
-            (token ids) with "padding" ("left" or "right"), or "text".
+            "pad_id", "threads", "causal", and "cases": each with "name", "tokens", and either
+            "prompts" (token ids) with "padding" ("left" or "right"), or "text".
         picture: where a browser's screenshot goes.
 
     Returns:
-        "version", and under "cases" for each name "tokens" and "logits" (those behind the prompt)
-        of each row, "prompts" and "text" where it read a text itself; or "error".
+        "version", and under "cases" for each name "tokens" and "logits" (those behind the prompt;
+        where no tokens were asked for, those of all its positions, in a row) of each row, "prompts"
+        and "text" where it read a text itself; or "error".
 
     Raises:
         UserError: the client is not installed.

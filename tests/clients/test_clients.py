@@ -33,7 +33,7 @@ LIES = {
     "a logit": ("first.astype", "(first + 1e-2).astype", "logit error 1.0"),
     "padding": ("position = (mask.cumsum(1) - 1)", "position = mask.cumsum(1)", "logit error"),
     "mask": ("mask[row, place]", "mask[row]", "logit error"),
-    "too little": ("range(tokens)", "range(tokens - 1)", "tokens in row 0, expected"),
+    "too little": ("range(max(tokens, 1))", "range(tokens - 1)", "tokens in row 0, expected"),
     "a row": ("chosen, 1).tolist()", "chosen, 1).tolist()[:0]", "0 rows"),
     "nothing": ("Path(result_path)", 'Path("/dev/null")', "it wrote no result"),
     "crash": ("import numpy as np", "import nothing_of_that_name", "No module named"),
@@ -48,6 +48,15 @@ def exported(tmp_path_factory):
     model = random_gpt(block_size=40, vocab_size=300, n_layer=1)
     folder = tmp_path_factory.mktemp("exported") / "folder"
     export_model(model, tokenizer, folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def masked(exported, tmp_path_factory):
+    """The same of a masked language model."""
+    model = random_gpt(block_size=40, vocab_size=300, n_layer=1, causal=False)
+    folder = tmp_path_factory.mktemp("masked") / "folder"
+    export_model(model, Tokenizer.load(exported[0]), folder)
     return folder, model
 
 
@@ -79,6 +88,17 @@ def test_a_client_that_says_something_else_fails(words, lie, reason, exported, t
     assert "FAILED" in client_table(said)
 
 
+def test_of_a_masked_language_model_every_position_is_judged(masked, tmp_path):
+    (said,) = check_clients(*masked, [made_up(HONEST, tmp_path)])
+    assert said.passed
+    assert (said.case, said.tokens) == ("masked", 0)
+    lie = 'out["logits"][row, : len(prompt)]'
+    assert lie in HONEST
+    client = made_up(HONEST.replace(lie, f"{lie}[::-1]"), tmp_path)
+    (said,) = check_clients(*masked, [client])
+    assert "logit error" in said.error
+
+
 def test_an_unknown_client_is_named():
     with pytest.raises(UserError, match=r"found 'browser', expected all, or some of onnxruntime,"):
         find_clients("genai,browser")
@@ -90,7 +110,7 @@ def test_an_unknown_client_is_named():
 def test_all_has_the_cpp_client_where_headers_are_named(monkeypatch):
     monkeypatch.delenv("ORT_INCLUDE", raising=False)
     installable = [each.name for each in find_clients("all")]
-    assert len(installable) == 8
+    assert len(installable) == 10
     monkeypatch.setenv("ORT_INCLUDE", "/nowhere")
     assert [each.name for each in find_clients("all")] == [*installable, "onnxruntime-cpp"]
     with pytest.raises(UserError, match=r"onnxruntime-cpp: no onnxruntime_cxx_api.h in ORT_INC"):
@@ -133,10 +153,12 @@ def test_the_matrix_names_every_option_client_and_case():
     for name in ("window", "attn_softcap", "logit_softcap", "qk_norm", "tie_head", "bias",
                  "n_kv_head", "head_dim", "rotary_interleaved"):  # fmt: skip
         assert any(name in config for config in configs), name
+    assert {config.get("causal", True) for config in configs} == {True, False}
     known = {"pass", *(limit.name for limit in LIMITS)}
     for row in rows.values():
         for client in CLIENTS.values():
-            assert set(row[client.name]) == set(client.cases)
+            causal = row["config"].get("causal", True)
+            assert set(row[client.name]) == set(client.cases if causal else ["masked"])
             assert set(row[client.name].values()) <= known
 
 

@@ -41,6 +41,8 @@ std::vector<std::string> names(const Ort::Session& session, bool inputs) {
   return found;
 }
 
+// For no tokens, of a masked language model: the scores of every position of each prompt, which is
+// padded on the right.
 Answer generate(Ort::Session& session, const Rows& prompts, bool left, int tokens) {
   Ort::AllocatorWithDefaultOptions allocator;
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
@@ -72,7 +74,7 @@ Answer generate(Ort::Session& session, const Rows& prompts, bool left, int token
     past_names.push_back(inputs[i]);
   }
   Answer answer{Rows(B), {}};
-  for (int step = 0; step < tokens; step++) {
+  for (int step = 0; step < std::max(tokens, 1); step++) {
     Tensor id(ids), real(mask), position(positions);
     std::vector<const char*> from{"input_ids", "attention_mask", "position_ids"}, to;
     std::vector<Ort::Value> feed;
@@ -92,6 +94,11 @@ Answer generate(Ort::Session& session, const Rows& prompts, bool left, int token
       if (outputs[i] != "logits") continue;
       logits = out[i].GetTensorData<float>();
       V = out[i].GetTensorTypeAndShapeInfo().GetShape()[2];
+    }
+    if (tokens == 0) {
+      for (int64_t b = 0; b < B; b++)
+        answer.logits.emplace_back(logits + b * T * V, logits + (b * T + last[b] + 1) * V);
+      return answer;
     }
     for (int64_t b = 0; b < B; b++) {
       const float* scores = logits + (b * T + last[b]) * V;

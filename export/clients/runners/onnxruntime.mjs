@@ -20,6 +20,7 @@ function likeliest(scores) {
   return best;
 }
 
+// For no tokens, of a masked language model: the scores of every position of each prompt.
 async function generate(ort, session, prompts, side, tokens) {
   const rows = prompts.length;
   const longest = Math.max(...prompts.map((prompt) => prompt.length));
@@ -38,7 +39,7 @@ async function generate(ort, session, prompts, side, tokens) {
   let past = emptyCache(ort, session, rows);
   const chosen = prompts.map(() => []);
   let first = null;
-  for (let step = 0; step < tokens; step++) {
+  for (let step = 0; step < Math.max(tokens, 1); step++) {
     const width = ids[0].length;
     const out = await session.run({
       input_ids: long(ids, [rows, width], ort),
@@ -47,6 +48,11 @@ async function generate(ort, session, prompts, side, tokens) {
       ...past,
     });
     const V = out.logits.dims[2];
+    if (tokens === 0) {
+      const every = prompts.map(({ length }, row) =>
+        Array.from(out.logits.data.subarray(row * width * V, (row * width + length) * V)));
+      return { tokens: chosen, logits: every };
+    }
     const scores = last.map((at, row) => {
       const begin = (row * width + at) * V;
       return out.logits.data.subarray(begin, begin + V);

@@ -23,7 +23,10 @@ def pad(prompts: list[list[int]], side: str) -> Any:
 
 
 def generate(session: Any, prompts: list[list[int]], side: str, tokens: int) -> Any:
-    """The likeliest next tokens of each prompt, and the scores behind the prompts."""
+    """The likeliest next tokens of each prompt, and the scores behind the prompts.
+
+    For no tokens, of a masked language model: the scores of every position of each prompt.
+    """
     ids, mask = pad(prompts, side)
     rows = np.arange(len(prompts))
     last = ids.shape[1] - 1 - mask[:, ::-1].argmax(1)
@@ -37,9 +40,12 @@ def generate(session: Any, prompts: list[list[int]], side: str, tokens: int) -> 
     names = [value.name for value in session.get_outputs()]
     chosen: list[Any] = []
     first: Any = None
-    for _ in range(tokens):
+    for _ in range(max(tokens, 1)):
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **past}
         out = dict(zip(names, session.run(names, feed), strict=True))
+        if tokens == 0:
+            scored = [out["logits"][row, : len(prompt)] for row, prompt in enumerate(prompts)]
+            return [[] for _ in prompts], [np.float32(each).ravel().tolist() for each in scored]
         scores = out.pop("logits")[rows, last]
         first = scores if first is None else first
         past = {name.replace("present", "past_key_values"): out[name] for name in out}

@@ -23,7 +23,10 @@ def pad(prompts: list[list[int]], side: str) -> Any:
 
 
 def generate(model: Any, prompts: list[list[int]], side: str, tokens: int) -> Any:
-    """The likeliest next tokens of each prompt, and the scores behind the prompts."""
+    """The likeliest next tokens of each prompt, and the scores behind the prompts.
+
+    For no tokens, of a masked language model: the scores of every position of each prompt.
+    """
     ids, mask = pad(prompts, side)
     rows = np.arange(len(prompts))
     last = ids.shape[1] - 1 - mask[:, ::-1].argmax(1)
@@ -37,9 +40,12 @@ def generate(model: Any, prompts: list[list[int]], side: str, tokens: int) -> An
     request = model.create_infer_request()
     chosen: list[Any] = []
     first: Any = None
-    for _ in range(tokens):
+    for _ in range(max(tokens, 1)):
         feed = {"input_ids": ids, "attention_mask": mask, "position_ids": position, **past}
         out = {value.any_name: array for value, array in request.infer(feed).items()}
+        if tokens == 0:
+            scored = [out["logits"][row, : len(prompt)] for row, prompt in enumerate(prompts)]
+            return [[] for _ in prompts], [np.float32(each).ravel().tolist() for each in scored]
         scores = out["logits"][rows, last]
         first = scores.copy() if first is None else first
         past = {name: out[name.replace("past_key_values", "present")].copy() for name in past}

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnxruntime
 import torch
-from optimum.onnxruntime import ORTModelForCausalLM
+from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForMaskedLM
 from transformers import AutoTokenizer
 
 
@@ -27,19 +27,33 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, pad_id: int) -> 
     return out.sequences[:, longest:].tolist(), out.logits[0].float().tolist()
 
 
+def every_position(model: Any, prompts: list[list[int]]) -> Any:
+    """Scores of every position, of a masked language model."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    every = [logits[row, : len(prompt)].flatten().tolist() for row, prompt in enumerate(prompts)]
+    return [[] for _ in prompts], every
+
+
 def main(request_path: str, result_path: str) -> None:
     """Answer every case of a request."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     folder, name = request["folder"], Path(request["file"]).name
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = request["threads"]
-    model = ORTModelForCausalLM.from_pretrained(folder, file_name=name, session_options=options)
+    kind = ORTModelForCausalLM if request["causal"] else ORTModelForMaskedLM
+    model = kind.from_pretrained(folder, file_name=name, session_options=options)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     cases = {}
     for case in request["cases"]:
         try:
             prompts = case.get("prompts") or [tokenizer(case["text"])["input_ids"]]
-            tokens, logits = generate(model, prompts, case["tokens"], request["pad_id"])
+            if request["causal"]:
+                tokens, logits = generate(model, prompts, case["tokens"], request["pad_id"])
+            else:
+                tokens, logits = every_position(model, prompts)
             cases[case["name"]] = {
                 "prompts": prompts, "tokens": tokens, "logits": logits,
                 "text": tokenizer.decode(prompts[0]),

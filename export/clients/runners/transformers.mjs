@@ -23,7 +23,8 @@ export async function answer(tjs, name, request) {
   tjs.env.allowLocalModels = true;
   const options = { dtype: request.precision, device: request.device };
   const tokenizer = await tjs.AutoTokenizer.from_pretrained(name);
-  const model = await tjs.AutoModelForCausalLM.from_pretrained(name, options);
+  const kind = request.causal ? tjs.AutoModelForCausalLM : tjs.AutoModelForMaskedLM;
+  const model = await kind.from_pretrained(name, options);
   const cases = {};
   for (const each of request.cases) {
     try {

@@ -34,6 +34,7 @@ from gptopt.export.trace import Exportable
 from gptopt.export.validate import Proof, prove
 from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
+from gptopt.runtime.client_files import check_client_files
 from gptopt.runtime.graph import check_graph
 
 if TYPE_CHECKING:
@@ -163,6 +164,7 @@ def export_model(
         write_json(staging / REPORT, report)
         card = model_card(config, report, tokenizer=tokenizer is not None)
         write_text(staging / "README.md", card)
+        check_client_files(staging, config)
         write_manifest(staging, KIND)
     failed_report(folder).unlink(missing_ok=True)  # of an earlier attempt
     return report

@@ -20,7 +20,8 @@ from gptopt.export.validate import prove
 from gptopt.log import say
 from gptopt.manifest import read_json
 from gptopt.model import GPT
-from gptopt.runtime.folder import load_config, model_file, verify_folder
+from gptopt.runtime.client_files import check_client_files
+from gptopt.runtime.folder import load_config, load_tokenizer, model_file, verify_folder
 from gptopt.runtime.variants import EdgeFile, edge_files
 
 
@@ -116,6 +117,13 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
                 f"{folder}: was exported from a model with {name}={sizes[name]}, "
                 f"{options.model} has {found}; give the model that it was exported from"
             )
+    check_client_files(folder, model.config)
+    tokenizer = load_tokenizer(folder, sizes["tokenizer_size"])
+    if tokenizer and loaded.tokenizer and tokenizer.sha256 != loaded.tokenizer.sha256:
+        raise CheckFailed(
+            f"{folder / 'tokenizer.json'}: is not the tokenizer of {options.model}; export the "
+            f"model again"
+        )
     held_out = None
     if options.held_out is not None:
         ids = read_ids("--held-out", options.held_out, loaded, MIN_HELD_OUT)

@@ -26,6 +26,11 @@ def proof_table(proof: Mapping[str, Any]) -> str:
             f"greedy tokens agreeing: {greedy['agreeing']} of {greedy['tokens']} "
             f"({greedy['distinct']} distinct{_ties(greedy)})"
         )
+    if (chosen := proof["next_tokens"]) is not None:
+        lines.append(
+            f"next_tokens chosen as the scores say: {chosen['agreeing']} of {chosen['tokens']}"
+            f"{_ties(chosen)}"
+        )
     return "\n".join(lines)
 
 

@@ -1,11 +1,13 @@
 """Names and shapes of an exported graph: what every client may rely on, in one place."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
 
 from gptopt.config import ModelConfig
 
-Dims = tuple[int | str, ...]
+Dims = tuple[int | str | None, ...]
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"  # T, the new tokens
@@ -14,6 +16,13 @@ TOTAL = "total_sequence_length"  # S = P + T
 CAPACITY = "max_sequence_length"  # M, the columns of a static cache, at least S
 
 KEEP = "num_logits_to_keep"  # optional input: how many last positions are scored, 0: all
+NEXT = "next_tokens"  # optional output (batch_size, 1), in the form of the next input_ids
+# Optional inputs of a graph that draws the next token, and their defaults. top_k 0 is no limit,
+# temperature 0 the likeliest token.
+SAMPLING: dict[str, Any] = {
+    "seed": np.array([0], np.int64), "temperature": np.array([1], np.float32),
+    "top_k": np.array([50], np.int64), "top_p": np.array([1], np.float32),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +31,8 @@ class Contract:
 
     A causal model has a cache: layer i reads past_key_values.{i}.key|value and writes
     present.{i}.key|value. A bidirectional one has none, and its mask is as long as its input.
-    A static cache comes back as long as it came in.
+    A static cache comes back as long as it came in. The next token is an output where it is asked
+    for, behind all others.
     """
 
     n_layer: int
@@ -31,9 +41,10 @@ class Contract:
     vocab_size: int
     causal: bool
     static: bool = False
+    next_token: bool = False
 
     @classmethod
-    def of(cls, config: ModelConfig, *, static: bool = False) -> Self:
+    def of(cls, config: ModelConfig, *, static: bool = False, next_token: bool = False) -> Self:
         """The contract of a model with these sizes."""
         assert config.vocab_size is not None
         return cls(
@@ -43,6 +54,7 @@ class Contract:
             vocab_size=config.vocab_size,
             causal=config.causal,
             static=static,
+            next_token=next_token,
         )
 
     def inputs(self) -> dict[str, Dims]:
@@ -58,7 +70,8 @@ class Contract:
     def outputs(self) -> dict[str, Dims]:
         """Output name -> dimensions, all float."""
         logits: dict[str, Dims] = {"logits": (BATCH, SEQUENCE, self.vocab_size)}
-        return logits | self._cache("present", CAPACITY if self.static else TOTAL)
+        chosen: dict[str, Dims] = {NEXT: (BATCH, None)} if self.next_token else {}
+        return logits | self._cache("present", CAPACITY if self.static else TOTAL) | chosen
 
     def _cache(self, name: str, length: str) -> dict[str, Dims]:
         layers = range(self.n_layer if self.causal else 0)

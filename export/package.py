@@ -21,6 +21,7 @@ from gptopt.export.calibration import Calibration
 from gptopt.export.card import model_card
 from gptopt.export.folder import GraphFile, write_configs
 from gptopt.export.lookups import unfold_lookups
+from gptopt.export.next_token import Tokens, add_next_token
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.precisions import PRECISIONS, Precision, allowed_of
@@ -57,6 +58,7 @@ class Plan:
         calibration: statistics of a text, for better quantised weights and an int8 cache.
         held_out: a text that every file is measured on.
         int8_cache: keep keys and values in int8; needs a calibration.
+        tokens: how the graph itself chooses the next token, an output beside the scores.
         keep_stages: folder that receives the graph of every stage.
     """
 
@@ -64,6 +66,7 @@ class Plan:
     calibration: Calibration | None = None
     held_out: HeldOut | None = None
     int8_cache: bool = False
+    tokens: Tokens = "none"
     keep_stages: Path | None = None
 
 
@@ -143,6 +146,8 @@ def export_model(
     plan, common = plan or Plan(), common or Common()
     config = _config_of(model, tokenizer)
     check_precisions(target, [each.name for each in plan.precisions])
+    if plan.tokens != "none" and not config.causal:
+        raise UserError(f"--tokens {plan.tokens}: a masked language model has no next token")
     size = None if tokenizer is None else tokenizer.size
     with staged_folder(folder, force=force) as staging:
         build = Build(target, keep=plan.keep_stages, program=common.program)
@@ -225,13 +230,19 @@ class _Maker:
                 unfold_lookups(graph)
             check_kernels(graph, target, build.notes)
             build.done(f"quantise-{precision.name}", graph)
+        tokens = self.plan.tokens
+        if tokens != "none":
+            graph = add_next_token(graph, tokens, self.vocab_size, build.notes)
+            check_kernels(graph, target, build.notes)
+            build.done("next-token", graph)
         path = f"onnx/model{precision.suffix}.onnx"
         external = wants_data_file(graph, target.inline_limit_bytes)
         save(graph, self.folder / path, external=external)
         check_graph(self.folder / path)  # the runtime refuses what it was not meant to run
         build.done("write")
         dtype = "int8" if self.plan.int8_cache else precision.floats
-        file = GraphFile(precision.name, target.facts(path, dtype), external)
+        facts = target.facts(path, dtype).model_copy(update={"tokens": tokens})
+        file = GraphFile(precision.name, facts, external)
         logger.info("%s: %d nodes, now the proof", path, graph.graph.num_nodes())
         proof = prove(
             self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts,

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, first_line
-from gptopt.export.contract import KEEP, Contract
+from gptopt.export.contract import KEEP, SAMPLING, Contract
 from gptopt.runtime.folder import EdgeConfig
 from gptopt.runtime.session import Session
 from gptopt.runtime.variants import EdgeFile
@@ -100,7 +100,10 @@ def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) ->
         CheckFailed: onnxruntime refuses the file, or the contract is broken.
     """
     file = file or EdgeFile()
-    _check_names(path, Contract.of(config, static=file.cache == "static"))
+    contract = Contract.of(
+        config, static=file.cache == "static", next_token=file.tokens != "none"
+    )
+    _check_names(path, contract)
     assert config.vocab_size is not None
     sizes = EdgeConfig(
         n_layer=config.n_layer,
@@ -136,7 +139,7 @@ def _check_names(path: Path, contract: Contract) -> None:
 
 def _is_optional(value: ir.Value) -> bool:
     """Whether clients that do not know an input never see it: it has a default."""
-    return value.name == KEEP and value.is_initializer()
+    return value.name in (KEEP, *SAMPLING) and value.is_initializer()
 
 
 def _dims(value: ir.Value) -> tuple[int | str | None, ...] | None:

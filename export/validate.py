@@ -17,6 +17,7 @@ import numpy as np
 from torch import nn
 
 from gptopt.export import cases as plays
+from gptopt.export.next_token_proof import Chosen, prove_next_tokens
 from gptopt.export.reference import Answers, Expected, Reference
 from gptopt.export.stream import Claim, Growing, Shared, open_graph
 from gptopt.export.trace import Exportable
@@ -99,12 +100,14 @@ class Proof:
     """All cases of a proof.
 
     Attributes:
+        next_tokens: of a graph that chooses tokens itself.
         weight: of a quantised file the parameter that is least like the model's: its name, relative
             error and bound.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
     greedy: Greedy | None = None
+    next_tokens: Chosen | None = None
     weight: tuple[str, float, float] | None = None
     seconds: float = 0.0
 
@@ -132,6 +135,8 @@ class Proof:
                 )
         if self.greedy is not None and self.greedy.first_bad is not None:
             return f"greedy: another token at {self.greedy.first_bad}"
+        if self.next_tokens is not None and self.next_tokens.first_bad is not None:
+            return f"next_tokens, {self.next_tokens.first_bad}"
         return None
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,6 +150,7 @@ class Proof:
             "weight": self.weight
             and dict(zip(("name", "error", "bound"), self.weight, strict=True)),
             "greedy": None if self.greedy is None else asdict(self.greedy),
+            "next_tokens": None if self.next_tokens is None else asdict(self.next_tokens),
         }
 
 
@@ -177,6 +183,9 @@ def prove(
         proof = _play(path, twin, model, held, vocab_size, cases, file, answers)
     finally:
         twin.unlink(missing_ok=True)
+    if file.tokens != "none" and (cases is None or "next token" in cases):
+        config = cast(Exportable, model).config
+        proof.next_tokens = prove_next_tokens(path, config, file, vocab_size)
     proof.weight = strangest(model, held)
     proof.seconds = time.monotonic() - started
     return proof

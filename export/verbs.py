@@ -76,7 +76,8 @@ def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precisio
         ids = read_ids("--held-out", options.held_out, loaded, MIN_HELD_OUT)
         held_out = HeldOut(loaded.model, ids)
     keep = None if options.keep_stages is None else Path(options.keep_stages)
-    return Plan(precisions, calibration, held_out, options.cache == "int8", keep)
+    int8 = options.cache == "int8"
+    return Plan(precisions, calibration, held_out, int8, options.tokens, keep)
 
 
 def _show(folder: Path, report: dict[str, Any]) -> None:

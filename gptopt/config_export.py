@@ -40,6 +40,11 @@ class ExportOptions(Options):
         description="text file to measure the files on (none: a quarter of --calibration, which is "
         "then not calibrated on)",
     )
+    tokens: Literal["none", "greedy", "sample"] = Field(
+        "none",
+        description="let the graph choose the next token too, as an output beside the scores: the "
+        "likeliest, or drawn by its inputs seed, temperature, top_k and top_p",
+    )
     keep_stages: str | None = Field(
         None, description="folder that receives the graph of every stage"
     )

@@ -312,7 +312,8 @@ def _check_contract(session: Any, path: Path, config: EdgeConfig, file: EdgeFile
     inputs = {item.name: item for item in session.get_inputs()}
     outputs = {item.name: item for item in session.get_outputs()}
     _same_names(path, "inputs", list(inputs), [*_IDS, *past])
-    _same_names(path, "outputs", list(outputs), ["logits", *present])
+    chosen = ["next_tokens"] if file.tokens != "none" else []
+    _same_names(path, "outputs", list(outputs), ["logits", *present, *chosen])
     for name in _IDS:
         _same_shape(path, inputs[name], ["tensor(int64)"], (None, None))
     logits = outputs["logits"]

@@ -29,6 +29,7 @@ class EdgeFile(BaseModel):
         cache_dtype: of keys and values; none: that of the logits.
         padding: "any", or "right": a row's tokens lie at the beginning of its part of the cache.
         scores: of "all" positions, or of the "last" one only.
+        tokens: how the graph itself chooses the next token, its output next_tokens, if at all.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -38,6 +39,7 @@ class EdgeFile(BaseModel):
     cache_dtype: Literal["float32", "float16", "int8"] | None = None
     padding: Literal["any", "right"] = "any"
     scores: Literal["all", "last"] = "all"
+    tokens: Literal["none", "greedy", "sample"] = "none"
 
 
 def edge_files(folder: Path) -> dict[str, EdgeFile]:

@@ -8,7 +8,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONSAFEPATH=1
 # Triton decides at its import whether it interprets, so its kernels' tests have their own process.
 INTERPRET := $(TEST_ENV) TRITON_INTERPRET=1
 
-.PHONY: help setup demo test test-all clients test-clients aot lint format clean
+.PHONY: help setup demo test test-all clients test-clients aot soak resume lint format clean
 help:
 	@sed -n '1p' Makefile
 
@@ -44,6 +44,15 @@ WORKERS ?= 1
 aot: setup
 	$(BIN)/gptopt doctor --kernels --compile-only --workers $(WORKERS) --output bench/results/aot.json
 	$(BIN)/python -P -m gptopt.kernels.compiled bench/results/aot.json
+
+# Runs killed at random moments and on disks that fill up, for 18 minutes: what survived.
+MINUTES ?= 18
+soak: setup
+	$(TEST_ENV) $(BIN)/python -P -m gptopt.bench.soak --minutes $(MINUTES)
+
+# Every kill of the table of exact resume, bit for bit beside runs never killed.
+resume: setup
+	$(TEST_ENV) $(BIN)/python -P -m gptopt.bench.resume
 
 # mypy sees gptopt.kernels only in a built tree, where the folders lie as they are imported.
 lint: setup

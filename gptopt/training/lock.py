@@ -38,10 +38,11 @@ def hold_lock(folder: Path) -> Iterator[None]:
                 f"{folder}: {_holder(file)} is training in this run folder; wait for it, stop it,"
                 f" or choose another --out"
             )
-        file.seek(0)
-        file.truncate()
-        json.dump({"pid": os.getpid(), "host": platform.node()}, file)
-        file.flush()
+        holder = json.dumps({"pid": os.getpid(), "host": platform.node()})
+        with contextlib.suppress(OSError):  # on a full disk it holds without its text
+            file.seek(0)
+            file.truncate()
+            os.write(file.fileno(), holder.encode())  # no buffer that closing would try to write
         yield
 
 

@@ -45,6 +45,8 @@ class Report:
             state.train_loss = loss
         state.tokens_per_second, state.mfu = rate, mfu
         state.loss_sum, state.loss_count = 0.0, 0
+        waited, self.session.batches.waited = self.session.batches.waited, 0.0
+        steps = max(1, stepper.busy_steps)
         stepper.busy_seconds, stepper.busy_tokens, stepper.busy_steps = 0.0, 0, 0
         return {
             "step": state.step,
@@ -54,6 +56,7 @@ class Report:
             "tokens": state.tokens,
             "seconds": state.seconds,
             "step_ms": 1000 * step_seconds if step_seconds else None,
+            "data_wait_ms": 1000 * waited / steps,
             "tokens_per_second": rate,
             "mfu": mfu,
             "memory_bytes": memory_bytes(self.session.device),

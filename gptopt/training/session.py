@@ -25,7 +25,7 @@ from gptopt.training.hardware import (
     resolve_dtype,
     synchronise,
 )
-from gptopt.training.objective import Batches, Objective
+from gptopt.training.objective import Objective
 from gptopt.training.optimiser import (
     build_optimiser,
     empty_optimiser_tensors,
@@ -33,6 +33,7 @@ from gptopt.training.optimiser import (
     optimiser_tensors,
 )
 from gptopt.training.parallel import checkpoint_activations, shard, whole
+from gptopt.training.prefetch import Prefetched
 from gptopt.training.resume import fixed_choices, refuse_changes
 from gptopt.training.rounding import MASTER, Rounding
 from gptopt.training.saving import Keep, Saver, Snapshot
@@ -61,7 +62,7 @@ class Session:
     model: GPT
     optimiser: torch.optim.AdamW
     scaler: torch.amp.GradScaler | None  # fp16 alone needs one
-    batches: Batches
+    batches: Prefetched
     dropout: torch.Generator  # draws the seed of every forward pass
     schedule: Schedule
     state: TrainState
@@ -170,7 +171,7 @@ def open_session(
         model=model,
         optimiser=build_optimiser(model, options),
         scaler=torch.amp.GradScaler(device.type) if dtype == torch.float16 else None,
-        batches=batches,
+        batches=Prefetched(batches, ahead=accumulate),
         dropout=torch.Generator().manual_seed(options.seed),
         schedule=Schedule(options, state.warm_end),
         state=state,

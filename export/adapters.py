@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from gptopt.checkpoint import resolve_model
-from gptopt.errors import CheckFailed, UserError
+from gptopt.errors import CheckFailed, UserError, first_line
 from gptopt.export.graphs import take_over
 from gptopt.export.targets import Target
 from gptopt.export.validate import prove
@@ -165,31 +165,40 @@ def _add_slot(graph: ir.Model, product: ir.Node, layer: str, wide: int, tall: in
     graph.graph.insert_after(product, [down, up, add])
 
 
-def write_adapter(path: Path, matrices: Matrices, dtype: str) -> None:
-    """Write an adapter for a graph that computes in a type of float.
+def write_adapters(folder: Path, adapters: Sequence[NamedAdapter], floats: str) -> None:
+    """Write the files of adapters for graphs that compute in a type of float.
 
     Raises:
         UserError: a number has no place in float16, or the disk is full.
     """
     import onnxruntime
 
-    values = {}
-    for name, matrix in matrices.items():
-        narrow = matrix.astype(dtype)
-        if not np.isfinite(narrow).all():
-            raise UserError(f"--adapter {path.stem}: {name} is too large for {dtype}; export fp32")
-        values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(narrow)
-    adapter = onnxruntime.AdapterFormat()
-    adapter.set_adapter_version(_VERSION)
-    adapter.set_model_version(_VERSION)
-    adapter.set_parameters(values)
-    adapter.export_adapter(str(path))
+    for each in adapters:
+        values = {}
+        for name, matrix in each.matrices.items():
+            narrow = matrix.astype(floats)
+            if not np.isfinite(narrow).all():
+                raise UserError(
+                    f"--adapter {each.name}: {name} holds numbers too large for {floats}; export "
+                    f"--precision fp32"
+                )
+            values[name] = onnxruntime.OrtValue.ortvalue_from_numpy(narrow)
+        file = onnxruntime.AdapterFormat()
+        file.set_adapter_version(_VERSION)
+        file.set_model_version(_VERSION)
+        file.set_parameters(values)
+        path = folder / adapter_file(each.name, floats)
+        try:
+            file.export_adapter(str(path))
+        except RuntimeError as error:  # what onnxruntime makes of a full disk
+            raise UserError(
+                f"{path}: cannot be written ({first_line(error)}); free some space"
+            ) from None
 
 
 def prove_adapters(
-    folder: Path,
+    path: Path,
     file: EdgeFile,
-    floats: str,
     model: GPT,
     adapters: Sequence[NamedAdapter],
     vocab_size: int | None,
@@ -197,9 +206,8 @@ def prove_adapters(
     """Hold a written file, with each of its adapters on, to the model with the same adapter on.
 
     Args:
-        folder: the exported folder in the making; the adapters' files lie in it.
-        file: the ONNX file.
-        floats: the type that it computes in.
+        path: the ONNX file, the adapters' files beside it.
+        file: what is known of it.
         model: the base.
         adapters: those to prove.
         vocab_size: ids that occur in texts.
@@ -214,8 +222,8 @@ def prove_adapters(
     for each in adapters:
         logger.info("%s: the proof of adapter %s", file.file, each.name)
         proof = prove(
-            folder / file.file, each.on(model), vocab_size=vocab_size, cases=_CASES, file=file,
-            adapter=folder / adapter_file(each.name, floats),
+            path, each.on(model), vocab_size=vocab_size, cases=_CASES, file=file,
+            adapter=each.name,
         )  # fmt: skip
         if not proof.passed:
             raise CheckFailed(

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, first_line
 from gptopt.export.contract import KEEP, SAMPLING, Contract
+from gptopt.runtime.adapters import SUFFIXES
 from gptopt.runtime.folder import EdgeConfig
 from gptopt.runtime.session import Session
 from gptopt.runtime.variants import EdgeFile
@@ -139,7 +140,8 @@ def _check_names(path: Path, contract: Contract) -> None:
 
 def _is_optional(value: ir.Value) -> bool:
     """Whether clients that do not know an input never see it: it has a default."""
-    return value.name in (KEEP, *SAMPLING) and value.is_initializer()
+    name = value.name or ""
+    return value.is_initializer() and (name in (KEEP, *SAMPLING) or name.endswith(SUFFIXES))
 
 
 def _dims(value: ir.Value) -> tuple[int | str | None, ...] | None:

@@ -22,6 +22,7 @@ from gptopt.export.reference import Answers, Expected, Reference
 from gptopt.export.stream import Claim, Growing, Shared, open_graph
 from gptopt.export.trace import Exportable
 from gptopt.export.twin import Held, held_by, strangest, write_strict_twin
+from gptopt.runtime.adapters import adapter_file, read_matrices
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
@@ -162,6 +163,7 @@ def prove(
     cases: Collection[str] | None = None,
     file: EdgeFile | None = None,
     answers: Answers | None = None,
+    adapter: str | None = None,
 ) -> Proof:
     """Compare an ONNX file with the model it was made from, in every way that clients use it.
 
@@ -172,6 +174,7 @@ def prove(
         cases: names of the cases to play; None is all of them.
         file: what is known of the file; none: a growing cache, padding anywhere.
         answers: what the model said in proofs of its other files, and will have said in this one.
+        adapter: name of the adapter that is on, as it is on the model; its file lies beside.
 
     Raises:
         CheckFailed: onnxruntime refuses the file, or it does not have the contract's names.
@@ -180,7 +183,7 @@ def prove(
     held, file = held_by(path), file or EdgeFile()
     twin = path.with_name("model_strict_twin.onnx")
     try:
-        proof = _play(path, twin, model, held, vocab_size, cases, file, answers)
+        proof = _play(path, twin, model, held, vocab_size, cases, file, answers, adapter)
     finally:
         twin.unlink(missing_ok=True)
     if file.tokens != "none" and (cases is None or "next token" in cases):
@@ -193,15 +196,15 @@ def prove(
 
 def _play(
     path: Path, twin: Path, model: nn.Module, held: Held, vocab_size: int | None,
-    cases: Collection[str] | None, file: EdgeFile, answers: Answers | None,
+    cases: Collection[str] | None, file: EdgeFile, answers: Answers | None, adapter: str | None,
 ) -> Proof:  # fmt: skip
     """All cases, on the file and, where it rounds what it computes with, on its strict twin."""
-    stage = _stage(path, model, vocab_size, file)
+    stage = _stage(path, model, vocab_size, file, adapter)
     strict = None
     if (held.products or held.cache) and not held.half:
         write_strict_twin(path, twin)
         floats = file.model_copy(update={"cache_dtype": "float32"})
-        strict = _stage(twin, model, vocab_size, floats)
+        strict = _stage(twin, model, vocab_size, floats, adapter)
     reference = Reference(model, causal=stage.causal, held=held, answers=answers)
     band, proof, unrounded = band_of(held), Proof(), []
     greedy: list[Claim] = []
@@ -228,11 +231,16 @@ def _play(
     return proof
 
 
-def _stage(path: Path, model: nn.Module, vocab_size: int | None, file: EdgeFile) -> plays.Stage:
+def _stage(
+    path: Path, model: nn.Module, vocab_size: int | None, file: EdgeFile, adapter: str | None
+) -> plays.Stage:
     """A file in a session, ready to play."""
     config = cast(Exportable, model).config
     assert config.vocab_size is not None
     session = open_graph(path, config, file)
+    if adapter is not None:
+        beside = path.with_name(Path(adapter_file(adapter, session.slots.dtype)).name)
+        session.adapt(read_matrices(beside, session.slots))
     growing = whole = graph = Growing(session)
     if file.cache != "growing":
         room = min(config.block_size, plays.LONGEST)

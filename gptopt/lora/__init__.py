@@ -10,7 +10,14 @@ from gptopt.lora.folder import (
     put_on,
     save_adapter,
 )
-from gptopt.lora.layers import apply_lora, begin, lora_parameters, merge_lora, names_of_layers
+from gptopt.lora.layers import (
+    apply_lora,
+    begin,
+    lora_modules,
+    lora_parameters,
+    merge_lora,
+    names_of_layers,
+)
 
 __all__ = [
     "Adapter",
@@ -18,6 +25,7 @@ __all__ = [
     "begin",
     "is_adapter",
     "load_adapter",
+    "lora_modules",
     "lora_parameters",
     "merge_lora",
     "names_of_layers",

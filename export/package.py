@@ -30,7 +30,9 @@ from gptopt.export.quantize import quantize_graph
 from gptopt.export.reference import Answers
 from gptopt.export.registry import check_kernels
 from gptopt.export.samples import write_samples
-from gptopt.export.targets import PORTABLE, Target, check_precisions
+from gptopt.export.search import CANDIDATES, Found, Measured, mixed, pareto_front, search
+from gptopt.export.speed import tokens_per_s
+from gptopt.export.targets import PORTABLE, Target, check_precisions, tell_size
 from gptopt.export.trace import Exportable
 from gptopt.export.validate import Proof, prove
 from gptopt.export.write import save, wants_data_file
@@ -248,6 +250,71 @@ class _Maker:
             self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts,
             answers=self.answers,
         )  # fmt: skip
+        found = None
+        if self.plan.budget is not None and isinstance(precision.layers, BlockFormat):
+            found = self._search(precision)
+            precision = mixed(precision, found.front[found.place], found.budget)
+            picture = front_svg(found, f"{precision.name}: which matrix in how many bits")
+            write_text(self.folder / f"front_{precision.name}.svg", picture)
+            build.done("search")
+        graph, file = self._write(precision, build)
+        tell_size(build.target, self.folder / file.facts.file, build.notes)
+        path, target = file.facts.file, build.target
+        logger.info("%s: %d nodes, now the proof", path, graph.graph.num_nodes())
+        proof = prove(
+            self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts,
+            answers=self.answers,
+        )  # fmt: skip
+        adapters = self._prove_adapters(file) if proof.passed else {}
+        build.done("prove")
+        variant = Variant(
+            file, _facts(graph, target), proof, build.notes, seconds=build.seconds, search=found,
+            adapters=adapters,
+        )  # fmt: skip
+        if self.plan.held_out is not None and proof.passed:
+            allowed = allowed_of(precision.name, file.facts.cache_dtype)
+            if found is not None:
+                allowed = precision.allowed
+            variant.quality = self.plan.held_out.measure(self.folder / path, file.facts, allowed)
+            build.done("measure")
+        return variant
+
+    def _prove_adapters(self, file: GraphFile) -> dict[str, dict[str, Any]]:
+        """The proof of a file with each of the adapters on."""
+        model, plan = self.model, self.plan
+        if not plan.adapters:
+            return {}
+        assert isinstance(model, GPT)  # name_adapter took one
+        path = self.folder / file.facts.file
+        return prove_adapters(path, file.facts, model, plan.adapters, self.vocab_size)
+
+    def _search(self, precision: Precision) -> Found:
+        """The mix of formats that keeps to the budget."""
+        plan, config = self.plan, cast(Exportable, self.model).config
+        assert plan.budget is not None
+        assert plan.calibration is not None
+        assert plan.held_out is not None
+        held_out, budget = plan.held_out, plan.budget
+        narrow = "q2" in self.build.target.precisions
+        candidates = [form for form in CANDIDATES if narrow or form.bits > 2]
+        front = pareto_front(self.graph.graph, plan.calibration, candidates)
+
+        def build(place: int) -> Measured:
+            mix = mixed(precision, front[place], budget)
+            _, file = self._write(mix, Build(self.build.target))
+            path = self.folder / file.facts.file
+            timed = budget.kind == "tokens/s"
+            return Measured(
+                place=place,
+                bytes=sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*")),
+                quality=held_out.measure(path, file.facts, Allowed()),
+                tokens_per_s=tokens_per_s(path, config, file.facts) if timed else None,
+            )
+
+        return search(front, budget, build)
+
+    def _write(self, precision: Precision, build: Build) -> tuple[ir.Model, GraphFile]:
+        """Quantise the graph, and write it."""
         build.done("prove")
         variant = Variant(file, _facts(graph, target), proof, build.notes, seconds=build.seconds)
         if self.plan.held_out is not None and proof.passed:

@@ -1,11 +1,16 @@
 """What a runtime can run, as data: the stages ask a target and know no runtime by name."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from gptopt.errors import UserError
+from gptopt.export.notes import Notes
 from gptopt.runtime.variants import EdgeFile
+
+logger = logging.getLogger(__name__)
 
 _MIB = 2**20
 
@@ -29,6 +34,7 @@ class Target:
         rules: fusions that follow, names of gptopt.export.rules.
         precisions: what `--precision` may ask for.
         provider: onnxruntime's name of the provider whose kernels must cover every node.
+        largest_bytes: what one file may have, its weights beside it included, to be loaded at all.
         lookups: whether rows of quantised tables come from com.microsoft.GatherBlockQuantized.
         cache: "shared": a runtime may bind one buffer as past and present, longer than the text;
             "static": it must.
@@ -45,6 +51,7 @@ class Target:
     rules: tuple[str, ...] = ()
     precisions: tuple[str, ...]
     provider: str = "CPUExecutionProvider"
+    largest_bytes: int | None = None
     lookups: Literal["microsoft", "primitives"] = "microsoft"
     cache: Literal["shared", "static", "growing"] = "growing"
     padding: Literal["any", "right"] = "any"
@@ -80,9 +87,11 @@ ORT_CUDA = replace(
     ORT_CPU, name="ort-cuda", rules=("packed_qkv", *_FUSED), provider=CUDA,
     precisions=("fp16", "q4f16"),
 )  # fmt: skip
+# WebAssembly addresses 4 GiB, and holds the weights twice: as they were read, and packed.
 WEB = replace(
-    PORTABLE, name="web", lookups="primitives", precisions=("fp32", "fp16", "q8", "q4", "q4f16")
-)
+    PORTABLE, name="web", lookups="primitives", precisions=("fp32", "fp16", "q8", "q4", "q4f16"),
+    largest_bytes=2**31,
+)  # fmt: skip
 STANDARD = Target(
     name="standard", opset=24, attention="scatter", operators="standard", rules=("last_token",),
     precisions=_FLOAT, cache="static",
@@ -124,3 +133,13 @@ def check_precisions(target: Target, precisions: Sequence[str]) -> None:
         raise UserError(
             f"--precision {name}: --target {target.name} has {', '.join(target.precisions)}{others}"
         )
+
+
+def tell_size(target: Target, path: Path, notes: Notes) -> None:
+    """Warn, and note, where a file that was written is too large to be loaded."""
+    size = sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*"))
+    if target.largest_bytes is not None and size > target.largest_bytes:
+        what = f"{size:,} bytes, too many for a browser"
+        reason = f"--target {target.name} loads up to {target.largest_bytes:,}; choose fewer bits"
+        logger.warning("%s: %s; %s", path.name, what, reason)
+        notes.add("write", path.name, what, reason)

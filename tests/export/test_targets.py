@@ -21,6 +21,7 @@ from gptopt.export.targets import (
     WEB,
     check_precisions,
     find_targets,
+    tell_size,
 )
 
 EVERY = (PORTABLE, ORT_CPU, STANDARD, LEGACY)
@@ -185,3 +186,22 @@ def test_targets_are_named_as_they_are_found():
         fitted = dataclasses.replace(target.growing(), name=target.name)
         assert fitted.cache == "growing"
         assert fitted.opset >= 23
+
+
+def test_a_file_too_large_for_a_browser_is_told_in_a_line(tmp_path, caplog):
+    assert WEB.largest_bytes == 2**31
+    small = dataclasses.replace(WEB, largest_bytes=100)
+    path, notes = tmp_path / "model.onnx", Notes()
+    path.write_bytes(bytes(40))
+    (tmp_path / "model_q4.onnx").write_bytes(bytes(400))
+    tell_size(small, path, notes)
+    assert (notes.entries, caplog.messages) == ([], [])
+    path.with_name("model.onnx_data").write_bytes(bytes(61))
+    for target in (WEB, dataclasses.replace(PORTABLE), small):
+        tell_size(target, path, notes)
+    (told,) = caplog.messages
+    assert told == (
+        "model.onnx: 101 bytes, too many for a browser; --target web loads up to 100; choose fewer "
+        "bits"
+    )
+    assert [each.where for each in notes.entries] == ["model.onnx"]

@@ -68,6 +68,10 @@ class ClassifyOptions(FinetuneOptions):
         description="what is labelled: the last token's vector, or the mean of all (auto: last "
         "for a next-token model, mean for a masked one)",
     )
+    labels: list[str] = Field(
+        default_factory=list,
+        description="a label; repeat for more, in order (none: those of the examples, sorted)",
+    )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="balanced: rare labels count as much as frequent ones"
     )

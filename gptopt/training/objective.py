@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
-import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
@@ -24,7 +23,7 @@ Figures = dict[str, float]
 class Batch(NamedTuple):
     """One micro-batch on its way into the model."""
 
-    inputs: dict[str, npt.NDArray[np.int64]]  # keywords of this rank's forward pass, with targets
+    inputs: dict[str, npt.NDArray[Any]]  # keywords of this rank's forward pass, with targets
     counted: int  # targets among them that the mean of the loss is over
     total: int  # such targets of all ranks together
     tokens: int  # real tokens that all ranks read

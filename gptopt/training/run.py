@@ -236,7 +236,10 @@ def _tell(result: dict[str, Any]) -> None:
         "validation loss": _loss(result["val_loss"]),
         "best of them": _loss(result["best_val_loss"]),
         "checkpoint": result["best_checkpoint"] or result["checkpoint"],
+        "accuracy": _loss(result.get("val_accuracy")),
+        "f1": _loss(result.get("val_f1")),
         "loss curve": result["loss_curve"],
+        "mistakes": result.get("confusion_matrix"),
     }
     for name, value in lines.items():
         if value is not None:

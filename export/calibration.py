@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gptopt.errors import UserError
+from gptopt.export.fisher import Fisher
 from gptopt.export.texts import MIN_CALIBRATION
 from gptopt.export.trace import Exportable
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 8192
 _WINDOW = 512  # tokens that are read at once
 _BUDGET_BYTES = 256 * 2**20
+_FISHER_TOKENS = 1024  # gradients cost as much as three times as many tokens
+_FISHER_WINDOW = 256
 
 _aten = torch.ops.aten
 
@@ -58,6 +61,7 @@ class Calibration:
         self._moments: dict[str, Tensor] | None = None
         self._ranges: list[tuple[Tensor, Tensor]] = []
         self._hessians: dict[str, Tensor] = {}
+        self._fisher: Fisher | None = None
 
     def moments(self, name: str) -> Tensor | None:
         """Mean squares (K,) float32 of what a weight is multiplied with; None where nothing was."""
@@ -71,6 +75,29 @@ class Calibration:
             self._hessians = {}  # before the next ones need the memory
             self._hessians = self._run(name).hessians()
         return self._hessians[name]
+
+    def table_hessian(self, name: str) -> Tensor | None:
+        """What errors of a row cost where it is a product's weight and looked up as well (K, K).
+
+        A row of a tied head matters by H in texts that might go on with its token, in proportion to
+        p (1 - p), and by the gradient at its look-up in texts that hold the token; how often is
+        nearly the same for both. None where the weight is not used in both ways.
+        """
+        hessian, looked_up = self.hessian(name), self.fisher.lookups.get(name)
+        if hessian is None or looked_up is None:
+            return None
+        return self.fisher.doubt * hessian + looked_up
+
+    @property
+    def fisher(self) -> Fisher:
+        """Gradients of what the model says, over a part of the text."""
+        if self._fisher is None:
+            length = min(_FISHER_WINDOW, self._windows[0].shape[1])
+            count = min(len(self._windows), max(1, _FISHER_TOKENS // length))
+            chosen = [self._windows[len(self._windows) * i // count] for i in range(count)]
+            parts = [window[:, :length] for window in chosen]
+            self._fisher = Fisher(cast(nn.Module, self._model), parts, self._places)
+        return self._fisher
 
     def cache_ranges(self) -> list[tuple[Tensor, Tensor]]:
         """Per layer the largest magnitudes of keys and values, each (K, D), K heads of D channels.

@@ -15,18 +15,27 @@ from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
 from gptopt.errors import CheckFailed, UserError
+from gptopt.export.adapters import (
+    NamedAdapter,
+    add_slots,
+    prove_adapters,
+    refuse_target,
+    write_adapters,
+)
 from gptopt.export.bisect import Departure, diagnose
+from gptopt.export.budget import Budget
 from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import model_card
 from gptopt.export.folder import GraphFile, write_configs
+from gptopt.export.front import front_svg
 from gptopt.export.lookups import unfold_lookups
 from gptopt.export.next_token import Tokens, add_next_token
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS, Precision, allowed_of
+from gptopt.export.precisions import PRECISIONS, Allowed, BlockFormat, Precision, allowed_of
 from gptopt.export.quality import HeldOut, Quality
-from gptopt.export.quantize import quantize_graph
+from gptopt.export.quantize import Known, quantize_graph
 from gptopt.export.reference import Answers
 from gptopt.export.registry import check_kernels
 from gptopt.export.samples import write_samples
@@ -37,6 +46,7 @@ from gptopt.export.trace import Exportable
 from gptopt.export.validate import Proof, prove
 from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
+from gptopt.model import GPT
 from gptopt.runtime.client_files import check_client_files
 from gptopt.runtime.graph import check_graph
 
@@ -62,6 +72,9 @@ class Plan:
         int8_cache: keep keys and values in int8; needs a calibration.
         tokens: how the graph itself chooses the next token, an output beside the scores.
         keep_stages: folder that receives the graph of every stage.
+        budget: chooses the format of each matrix of the precisions that are kept in blocks; needs
+            a calibration and a held-out text.
+        adapters: LoRA adapters of the model, a GPT, to switch between at run time.
     """
 
     precisions: Sequence[Precision] = (PRECISIONS["fp32"],)
@@ -70,6 +83,8 @@ class Plan:
     int8_cache: bool = False
     tokens: Tokens = "none"
     keep_stages: Path | None = None
+    budget: Budget | None = None
+    adapters: Sequence[NamedAdapter] = ()
 
 
 @dataclass(slots=True)
@@ -94,6 +109,8 @@ class Variant:
     proof: Proof
     notes: Notes
     quality: Quality | None = None
+    search: Found | None = None
+    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -107,6 +124,8 @@ class Variant:
         return {
             **self.proof.as_dict(),
             "quality": self.quality and self.quality.as_dict(),
+            "budget": self.search and self.search.as_dict(),
+            "adapters": self.adapters,
             "file": self.file.facts.file,
             "padding": self.file.facts.padding,
             "cache": self.file.facts.cache,
@@ -148,6 +167,8 @@ def export_model(
     plan, common = plan or Plan(), common or Common()
     config = _config_of(model, tokenizer)
     check_precisions(target, [each.name for each in plan.precisions])
+    if plan.adapters:
+        refuse_target(target)
     if plan.tokens != "none" and not config.causal:
         raise UserError(f"--tokens {plan.tokens}: a masked language model has no next token")
     size = None if tokenizer is None else tokenizer.size
@@ -158,6 +179,8 @@ def export_model(
         if plan.int8_cache:
             graph = _with_int8_cache(graph, build, plan)
         (staging / GRAPH).parent.mkdir()
+        for floats in {each.floats for each in plan.precisions}:
+            write_adapters(staging, plan.adapters, floats)
         maker = _Maker(model, graph, build, plan, common.answers, staging, size)
         variants = []
         for precision in plan.precisions:
@@ -165,7 +188,8 @@ def export_model(
             if variants[-1].failed:
                 raise _failure(folder, staging, model, build, variants)
         files = [each.file for each in variants]
-        write_configs(staging, config, tokenizer, target.name, files)
+        names = [each.name for each in plan.adapters]
+        write_configs(staging, config, tokenizer, target.name, files, names)
         write_samples(staging)
         report = _report(staging, model, build, variants)
         write_json(staging / REPORT, report)
@@ -221,35 +245,11 @@ class _Maker:
     answers: Answers
     folder: Path
     vocab_size: int | None
+    known: Known = field(default_factory=dict)
 
     def make(self, precision: Precision) -> Variant:
         """Quantise, write and prove one file."""
         build = Build(self.build.target, notes=self.build.notes.copy(), keep=self.build.keep)
-        target, graph = build.target, self.graph
-        if precision.quantized or precision.floats != "float32":
-            graph = quantize_graph(graph, precision, build.notes, calibration=self.plan.calibration)
-            if target.lookups == "primitives":
-                unfold_lookups(graph)
-            check_kernels(graph, target, build.notes)
-            build.done(f"quantise-{precision.name}", graph)
-        tokens = self.plan.tokens
-        if tokens != "none":
-            graph = add_next_token(graph, tokens, self.vocab_size, build.notes)
-            check_kernels(graph, target, build.notes)
-            build.done("next-token", graph)
-        path = f"onnx/model{precision.suffix}.onnx"
-        external = wants_data_file(graph, target.inline_limit_bytes)
-        save(graph, self.folder / path, external=external)
-        check_graph(self.folder / path)  # the runtime refuses what it was not meant to run
-        build.done("write")
-        dtype = "int8" if self.plan.int8_cache else precision.floats
-        facts = target.facts(path, dtype).model_copy(update={"tokens": tokens})
-        file = GraphFile(precision.name, facts, external)
-        logger.info("%s: %d nodes, now the proof", path, graph.graph.num_nodes())
-        proof = prove(
-            self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts,
-            answers=self.answers,
-        )  # fmt: skip
         found = None
         if self.plan.budget is not None and isinstance(precision.layers, BlockFormat):
             found = self._search(precision)
@@ -315,14 +315,33 @@ class _Maker:
 
     def _write(self, precision: Precision, build: Build) -> tuple[ir.Model, GraphFile]:
         """Quantise the graph, and write it."""
-        build.done("prove")
-        variant = Variant(file, _facts(graph, target), proof, build.notes, seconds=build.seconds)
-        if self.plan.held_out is not None and proof.passed:
-            variant.quality = self.plan.held_out.measure(
-                self.folder / path, file.facts, allowed_of(precision.name, dtype)
+        target, graph = build.target, self.graph
+        if precision.quantized or precision.floats != "float32":
+            graph = quantize_graph(
+                graph, precision, build.notes, calibration=self.plan.calibration, known=self.known
             )
-            build.done("measure")
-        return variant
+            if target.lookups == "primitives":
+                unfold_lookups(graph)
+            check_kernels(graph, target, build.notes)
+            build.done(f"quantise-{precision.name}", graph)
+        if self.plan.adapters:
+            graph = add_slots(graph, self.plan.adapters)
+            check_kernels(graph, target, build.notes)
+            build.done("adapters", graph)
+        tokens = self.plan.tokens
+        if tokens != "none":
+            graph = add_next_token(graph, tokens, self.vocab_size, build.notes)
+            check_kernels(graph, target, build.notes)
+            build.done("next-token", graph)
+        path = f"onnx/model{precision.suffix}.onnx"
+        external = wants_data_file(graph, target.inline_limit_bytes)
+        save(graph, self.folder / path, external=external)
+        check_graph(self.folder / path)  # the runtime refuses what it was not meant to run
+        build.done("write")
+        dtype = "int8" if self.plan.int8_cache else precision.floats
+        facts = target.facts(path, dtype).model_copy(update={"tokens": tokens})
+        file = GraphFile(precision.name, facts, external)
+        return graph, file
 
 
 def _with_int8_cache(graph: ir.Model, build: Build, plan: Plan) -> ir.Model:

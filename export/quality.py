@@ -142,6 +142,7 @@ class HeldOut:
 
         return self.compare(run, allowed)
 
+    @torch.no_grad()
     def compare(self, run: Any, allowed: Allowed) -> Quality:
         """Compare what `run` says, logits (T, V) of ids (1, T), with what the model says."""
         divergences, agreeing, losses = [], 0, []
@@ -174,7 +175,6 @@ class HeldOut:
             allowed=allowed,
         )
 
-    @torch.no_grad()
     def _model_says(self) -> list[Tensor]:
         """Log-probabilities (positions, V) float32 by window; where there is a next token."""
         if not self._said:

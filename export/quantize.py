@@ -30,6 +30,10 @@ _IDS = "input_ids"
 _ACCURACY_LEVEL = 4
 
 
+# (weight, format) -> its codes
+Known = dict[tuple[str, BlockFormat], Blocks]
+
+
 class Statistics(Protocol):
     """What is known of the inputs of products, by the name of the weight (see calibration.py)."""
 
@@ -39,9 +43,17 @@ class Statistics(Protocol):
     def hessian(self, name: str) -> Tensor | None:
         """Mean of x^T x over the inputs of a weight, (K, K); None where it was not multiplied."""
 
+    def table_hessian(self, name: str) -> Tensor | None:
+        """The same for a weight that is looked up as well; None where it is not both."""
+
 
 def quantize_graph(
-    model: ir.Model, precision: Precision, notes: Notes, *, calibration: Statistics | None = None
+    model: ir.Model,
+    precision: Precision,
+    notes: Notes,
+    *,
+    calibration: Statistics | None = None,
+    known: Known | None = None,
 ) -> ir.Model:
     """The graph in another precision; the given one is not changed, weights are shared with it.
 
@@ -54,10 +66,11 @@ def quantize_graph(
         precision: what becomes of it.
         notes: receives what could not be done as asked, and why.
         calibration: statistics of the products' inputs; without them "gptq" is "search".
+        known: codes that were found before, which receives those that were not.
     """
     graph = model.clone()
     if precision.quantized:
-        _Stage(graph, precision, notes, calibration).run()
+        _Stage(graph, precision, notes, calibration, {} if known is None else known).run()
     if precision.floats == "float16":
         to_halves(graph, notes)
     return graph
@@ -110,7 +123,9 @@ def matrix(product: Product) -> Tensor:
     """The weight as (N, K) float32."""
     assert product.weight.const_value is not None
     array = product.weight.const_value.numpy()
-    return torch.from_numpy(np.ascontiguousarray(array if product.transposed else array.T))
+    array = np.ascontiguousarray(array if product.transposed else array.T)
+    # An array that may only be read, as one of a mapped file is, has no place in a tensor.
+    return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
 @dataclass(slots=True)
@@ -121,6 +136,7 @@ class _Stage:
     precision: Precision
     notes: Notes
     calibration: Statistics | None
+    known: Known
     # weight name -> its codes: one matrix may stand in several products and look-ups.
     made: dict[str, tuple[Blocks, list[ir.Value | None]]] = field(default_factory=dict)
     channels: dict[str, list[ir.Value | None]] = field(default_factory=dict)
@@ -148,7 +164,10 @@ class _Stage:
             weights, kind = self._channels(product), "DynamicQuantizeMatMul"
             attributes: dict[str, int] = {}
         else:
-            blocks, weights = self._blocks(product, self._fitting(product, form))
+            readers = product.weight.consumers()
+            looked_up = any(looks_up_tokens(node) for node in readers)
+            form = fitting(form, K, looked_up=looked_up)
+            blocks, weights = self._blocks(product, form, looked_up=looked_up)
             kind = "MatMulNBits"
             attributes = {
                 "K": K,
@@ -166,19 +185,16 @@ class _Stage:
             self.model.graph.remove(product.node, safe=True)
         logger.info("%s: %s", product.weight.name, kind)
 
-    def _fitting(self, product: Product, form: BlockFormat) -> BlockFormat:
-        """The format of a matrix that is narrow, or whose rows may be looked up as well."""
-        readers, K = product.weight.consumers(), product.sizes[1]
-        if not any(_looks_up_tokens(node) for node in readers):
-            return replace(form, block=min(form.block, *(b for b in BLOCKS if b >= K), BLOCKS[-1]))
-        block = dividing_block(K, form.block)
-        return replace(form, block=block or form.block)
-
-    def _blocks(self, product: Product, form: BlockFormat) -> tuple[Blocks, list[ir.Value | None]]:
+    def _blocks(
+        self, product: Product, form: BlockFormat, *, looked_up: bool
+    ) -> tuple[Blocks, list[ir.Value | None]]:
         """A matrix in blocks, and MatMulNBits' inputs of it, made once."""
         name = product.weight.name or ""
         if name not in self.made:
-            blocks = self._quantize(name, matrix(product), form)
+            blocks = self.known.get((name, form))
+            if blocks is None:
+                blocks = self._quantize(name, matrix(product), form, looked_up)
+                self.known[name, form] = blocks
             zeros = None
             if blocks.zero_points is not None:
                 zeros = self._store(f"{name}.zeros", blocks.zero_points)
@@ -193,10 +209,12 @@ class _Stage:
             )
         return self.made[name]
 
-    def _quantize(self, name: str, weight: Tensor, form: BlockFormat) -> Blocks:
+    def _quantize(self, name: str, weight: Tensor, form: BlockFormat, looked_up: bool) -> Blocks:
         method, importance, hessian = form.method, None, None
         if self.calibration is not None and method == "gptq":
-            hessian = self.calibration.hessian(name)
+            hessian = self.calibration.table_hessian(name) if looked_up else None
+            if hessian is None:
+                hessian = self.calibration.hessian(name)
         if method == "gptq" and hessian is None:
             method = "search"
             where, reason = self.precision.name, "there is no calibration text"
@@ -225,7 +243,7 @@ class _Stage:
     def _lookups(self, form: BlockFormat) -> None:
         """Token embeddings by GatherBlockQuantized, from the head's own codes where it is tied."""
         for node in list(self.model.graph):
-            if not _looks_up_tokens(node):
+            if not looks_up_tokens(node):
                 continue
             table, ids = node.inputs
             assert table is not None
@@ -264,7 +282,7 @@ class _Stage:
         as_head = Product(node, table, transposed=True)
         method: Method = "search" if form.method == "gptq" else form.method
         # Rows that are only looked up have no inputs, and no calibration says anything of them.
-        return self._blocks(as_head, replace(form, block=block, method=method))
+        return self._blocks(as_head, replace(form, block=block, method=method), looked_up=True)
 
     def _store(self, name: str, tensor: Tensor) -> ir.Value:
         """An initializer of these bytes."""
@@ -274,6 +292,14 @@ class _Stage:
         )
         self.model.graph.register_initializer(value)
         return value
+
+
+def fitting(form: BlockFormat, width: int, *, looked_up: bool) -> BlockFormat:
+    """The format of a matrix that is narrow, or whose rows are looked up as well."""
+    if not looked_up:
+        narrow = min(form.block, *(block for block in BLOCKS if block >= width), BLOCKS[-1])
+        return replace(form, block=narrow)
+    return replace(form, block=dividing_block(width, form.block) or form.block)
 
 
 def dividing_block(width: int, largest: int) -> int | None:
@@ -300,7 +326,8 @@ def _swaps_two_axes(node: ir.Node) -> bool:
     return node.op_type == "Transpose" and (perm is None or list(perm.as_ints()) == [1, 0])
 
 
-def _looks_up_tokens(node: ir.Node) -> bool:
+def looks_up_tokens(node: ir.Node) -> bool:
+    """Whether a node looks rows of a constant table up by the tokens."""
     if node.op_type != "Gather" or node.domain not in ("", "ai.onnx"):
         return False
     axis = node.attributes.get("axis")

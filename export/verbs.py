@@ -1,28 +1,41 @@
 """`gptopt export` and `gptopt validate`."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from gptopt.checkpoint import LoadedModel, load_model
 from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
+from gptopt.export.adapters import adapters_of, prove_adapters
 from gptopt.export.bisect import explain
+from gptopt.export.budget import parse_budget
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import proof_table, quality_line
 from gptopt.export.clients import Client, check_clients, client_table, find_clients
 from gptopt.export.package import REPORT, Common, Plan, export_model
-from gptopt.export.precisions import Allowed, Precision, allowed_of, find_precisions
+from gptopt.export.precisions import (
+    Allowed,
+    BlockFormat,
+    Precision,
+    allowed_of,
+    find_precisions,
+)
 from gptopt.export.quality import HeldOut
 from gptopt.export.reference import Answers
 from gptopt.export.targets import check_precisions, find_targets
 from gptopt.export.texts import MIN_CALIBRATION, MIN_HELD_OUT, MIN_SPLIT, read_ids, split
 from gptopt.export.validate import prove
 from gptopt.log import say
+from gptopt.lora import merge_lora
 from gptopt.manifest import read_json
 from gptopt.model import GPT
+from gptopt.runtime.adapters import adapter_names
 from gptopt.runtime.client_files import check_client_files
 from gptopt.runtime.folder import load_config, load_tokenizer, model_file, verify_folder
 from gptopt.runtime.variants import EdgeFile, edge_files
+
+logger = logging.getLogger(__name__)
 
 
 def export(options: ExportOptions) -> dict[str, Any]:
@@ -46,7 +59,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
             raise UserError(
                 f"{folder}: exists already; choose another folder, or replace it with --force"
             )
-    loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
+    loaded = _merged(options.model, options.checkpoint)
     plan = _plan(options, loaded, precisions)
     reports, common = {}, Common()
     for target in targets:
@@ -63,7 +76,18 @@ def export(options: ExportOptions) -> dict[str, Any]:
 
 
 def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precision]) -> Plan:
-    calibration = held_out = None
+    calibration = held_out = budget = None
+    if options.budget is not None:
+        budget = parse_budget(options.budget)
+        if not any(isinstance(each.layers, BlockFormat) for each in precisions):
+            raise UserError(
+                f"--budget {budget}: --precision {options.precision} leaves nothing to choose; ask "
+                f"for q4"
+            )
+        if options.calibration is None:
+            raise UserError(
+                f"--budget {budget}: needs a text to find what matters; give --calibration TEXT"
+            )
     given, apart = options.calibration, options.held_out is not None
     if given is not None:
         least = MIN_CALIBRATION if apart else MIN_SPLIT
@@ -76,8 +100,20 @@ def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precisio
         ids = read_ids("--held-out", options.held_out, loaded, MIN_HELD_OUT)
         held_out = HeldOut(loaded.model, ids)
     keep = None if options.keep_stages is None else Path(options.keep_stages)
-    int8 = options.cache == "int8"
-    return Plan(precisions, calibration, held_out, int8, options.tokens, keep)
+    adapters = adapters_of(options.adapter, loaded.model)
+    return Plan(
+        precisions, calibration, held_out, options.cache == "int8", options.tokens, keep,
+        budget=budget, adapters=adapters,
+    )  # fmt: skip
+
+
+def _merged(model: str, checkpoint: str) -> LoadedModel:
+    """The model, with the adapter that it may be merged into its base."""
+    loaded = load_model(model, checkpoint=checkpoint, kernels="reference")
+    if loaded.model.lora is not None:
+        logger.info("%s: an adapter, merged into its base %s", model, loaded.folder)
+        merge_lora(loaded.model)
+    return loaded
 
 
 def _show(folder: Path, report: dict[str, Any]) -> None:
@@ -109,8 +145,13 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
     verify_folder(folder)
     sizes = load_config(folder)
     files = _chosen(folder, options.precision)
-    loaded = load_model(options.model, checkpoint=options.checkpoint, kernels="reference")
+    loaded = _merged(options.model, options.checkpoint)
     model = loaded.model
+    adapters = adapters_of(options.adapter, model)
+    if unknown := [each.name for each in adapters if each.name not in adapter_names(folder)]:
+        raise UserError(
+            f"--adapter {unknown[0]}: {folder} carries {', '.join(adapter_names(folder)) or 'none'}"
+        )
     for name in ("n_layer", "kv_heads", "head_size", "vocab_size", "block_size", "causal"):
         found = getattr(model.config, name)
         if found != sizes[name]:
@@ -142,6 +183,8 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
                 f"{folder}/{file.file}: does not say what {options.model} says: {proof.failure}; "
                 f"{explain(path, model, file)}; export the model again"
             )
+        size = sizes["tokenizer_size"]
+        proofs[name]["adapters"] = prove_adapters(path, file, model, adapters, size)
         if held_out is not None:
             quality = held_out.measure(path, file, _allowed(folder, name, file))
             proofs[name]["quality"] = quality.as_dict()

@@ -35,6 +35,12 @@ class ExportOptions(Options):
     calibration: str | None = Field(
         None, description="text file that shows how the model is used, for better quantised weights"
     )
+    budget: str | None = Field(
+        None,
+        description="choose the format of each matrix of q4, q4f16 or q2 by what it may cost: "
+        "ppl=1% (above PyTorch's, on held-out text), bytes=80MB or tokens/s=300; needs "
+        "--calibration",
+    )
     held_out: str | None = Field(
         None,
         description="text file to measure the files on (none: a quarter of --calibration, which is "

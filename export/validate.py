@@ -201,11 +201,14 @@ def _play(
     """All cases, on the file and, where it rounds what it computes with, on its strict twin."""
     stage = _stage(path, model, vocab_size, file, adapter)
     strict = None
-    if (held.products or held.cache) and not held.half:
+    if not held.exact:
         write_strict_twin(path, twin)
         floats = file.model_copy(update={"cache_dtype": "float32"})
         strict = _stage(twin, model, vocab_size, floats, adapter)
-    reference = Reference(model, causal=stage.causal, held=held, answers=answers)
+    reference = exact = Reference(model, causal=stage.causal, held=held, answers=answers)
+    if held.half:
+        exact = Reference(model, causal=stage.causal, held=held.strict())
+    label = "in float32" if held.half else "unrounded inputs"
     band, proof, unrounded = band_of(held), Proof(), []
     greedy: list[Claim] = []
     for name, case in plays.cases_of(stage).items():
@@ -215,8 +218,9 @@ def _play(
         _add(proof.outcomes, judge(name, claims, reference.expect(claims), band))
         if strict is not None and name in _STRICT_CASES:
             claims = plays.claims_of(case, name, strict)
-            expected = reference.expect(claims, rounds=False)
-            _add(unrounded, judge(f"{name} (unrounded inputs)", claims, expected))
+            expected = exact.expect(claims, rounds=False)
+            _add(unrounded, judge(f"{name} ({label})", claims, expected))
+    del exact  # two more copies of the model, perhaps
     if stage.causal and (cases is None or "greedy" in cases):
         tokens = min(_GREEDY_TOKENS, stage.block_size - stage.fit(4) + 1)
         greedy = plays.greedy(stage, tokens).claims
@@ -240,7 +244,7 @@ def _stage(
     session = open_graph(path, config, file)
     if adapter is not None:
         beside = path.with_name(Path(adapter_file(adapter, session.slots.dtype)).name)
-        session.adapt(read_matrices(beside, session.slots))
+        session.adapter = session.prepare(read_matrices(beside, session.slots))
     growing = whole = graph = Growing(session)
     if file.cache != "growing":
         room = min(config.block_size, plays.LONGEST)

@@ -255,7 +255,7 @@ def _open_model(options: EvaluateOptions) -> _Opened:
             f"{options.model}: is an exported folder, which knows no --kernels and no --checkpoint"
         )
     provider = "cpu" if options.device == "auto" else options.device
-    edge = EdgeModel(Path(options.model), provider=provider)
+    edge = EdgeModel(Path(options.model), adapter=options.adapter, provider=provider)
     if edge.tokenizer is None:
         raise UserError(f"{options.model}: was exported without a tokenizer, so it reads no text")
     where = {"provider": edge.provider}

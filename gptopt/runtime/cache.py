@@ -50,6 +50,7 @@ class Cache(ABC):
         self._mask = np.zeros((rows, capacity), dtype=np.int64)  # 1 where a real token lies
         self._columns = 0  # in use
         self._lengths = np.zeros(rows, dtype=np.int64)  # real tokens of each row
+        self._adapter = session.adapter  # that was on when they were read
 
     @property
     def lengths(self) -> list[int]:
@@ -116,12 +117,14 @@ class Cache(ABC):
         copy = self._empty(len(chosen))
         S = self._columns
         copy.fill(self._ids[chosen, :S], self._mask[chosen, :S], self._parts(chosen))
+        copy._adapter = self._adapter
         return copy
 
     def save(self, path: Path | str) -> None:
         """Write the cache to a safetensors file; EdgeModel.load_cache reads it again."""
         from gptopt.runtime.cache_file import write
 
+        self._hold_adapter()
         everything = list(range(self.rows))
         S = self._columns
         parts = dict(zip(self.session.past, self._parts(everything), strict=True))
@@ -147,7 +150,18 @@ class Cache(ABC):
     def _take(self, parts: Sequence[npt.NDArray[Any]]) -> None:
         """The reverse of `_parts`, for all rows."""
 
+    def _hold_adapter(self) -> None:
+        """Keys and values of one adapter mean nothing to another one, or to the base."""
+        if not self._columns:
+            self._adapter = self.session.adapter
+        elif self._adapter is not self.session.adapter:
+            raise UserError(
+                "the cache was read with another adapter than the one that is on; switch back, or "
+                "rewind it to 0 and read the text again"
+            )
+
     def _check(self, texts: Sequence[Sequence[int]], columns: int) -> None:
+        self._hold_adapter()
         if len(texts) != self.rows or not all(len(text) for text in texts):
             raise UserError(
                 f"a cache of {self.rows} rows reads a text of one or more tokens for each, found "
@@ -182,6 +196,7 @@ class GrowingCache(Cache):
 
     def step(self, ids: Ints, live: Bools) -> Floats:
         """See Cache.step."""
+        self._hold_adapter()
         if self._columns >= self.capacity:
             self._check([[0]] * self.rows, self._columns + 1)
         return self._run(ids[:, None], live[:, None])

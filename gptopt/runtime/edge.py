@@ -14,6 +14,7 @@ from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import sha256_of
 from gptopt.runtime import cache_file, settings
 from gptopt.runtime import sampling as sampler
+from gptopt.runtime.adapters import adapter_file, adapter_names, read_adapter
 from gptopt.runtime.cache import Cache, GrowingCache
 from gptopt.runtime.folder import (
     file_marks,
@@ -23,7 +24,7 @@ from gptopt.runtime.folder import (
     verified,
 )
 from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, positions
-from gptopt.runtime.session import Session
+from gptopt.runtime.session import Prepared, Session
 from gptopt.runtime.shared import SharedCache
 from gptopt.runtime.variants import AUTO, choose
 from gptopt.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class EdgeModel:
         settings: how onnxruntime's threads work.
         block_size, vocab_size, tokenizer_size: tokens seen at once, ids that the model knows, ids
             that may be chosen.
+        adapters: names of the LoRA adapters that the folder carries. adapter: the one that is on.
         cache: what the last generation has read; the next one without a cache of its own
             overwrites it, so `branch()` what is to stay.
     """
@@ -53,6 +55,7 @@ class EdgeModel:
         folder: Path | str,
         *,
         precision: str = AUTO,
+        adapter: str | None = None,
         provider: str = "cpu",
         threads: int = 0,
         spinning: settings.Spinning | None = None,
@@ -63,6 +66,7 @@ class EdgeModel:
         Args:
             folder: what gptopt export wrote.
             precision: such as fp32, q8 or q4; auto: the first that the export wrote.
+            adapter: the LoRA adapter that is on at first; none: the base alone.
             provider: onnxruntime execution provider, such as cpu or cuda.
             threads: of onnxruntime; 0: as `gptopt run --tune` measured on this machine, else one
                 per physical core.
@@ -94,6 +98,28 @@ class EdgeModel:
         self._own: Cache | None = None  # the one that belongs to no caller, kept for its memory
         self._given: Cache | None = None
         self._identity = ""
+        self.adapters = adapter_names(folder)
+        self.adapter: str | None = None
+        self._prepared: dict[str, Prepared] = {}
+        self.use_adapter(adapter)
+
+    def use_adapter(self, name: str | None) -> None:
+        """Switch one of the folder's LoRA adapters on, or with None off, for all that follows.
+
+        The first time it is read and checked, later the switch takes microseconds. A cache goes on
+        with the adapter that it was read with only.
+
+        Raises:
+            UserError: the folder has no such adapter.
+            CheckFailed: its file was changed, or does not fit the graph.
+        """
+        if name is not None and name not in self._prepared:
+            verify = self._marks is not None
+            matrices = read_adapter(self._folder, name, self._session.slots, verify=verify)
+            self._check_unchanged()
+            self._prepared[name] = self._session.prepare(matrices)
+        self._session.adapter = None if name is None else self._prepared[name]
+        self.adapter = name
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
@@ -308,12 +334,15 @@ class EdgeModel:
         return [row.tokens for row in done.rows]
 
     def _identify(self) -> str:
-        """sha256 of the ONNX file and of its data; taken when first needed."""
+        """sha256 of the ONNX file and its data, and of the adapter; taken when first needed."""
         if not self._identity:
             data = self._path.with_name(self._path.name + "_data")
             parts = [sha256_of(path) for path in (self._path, data) if path.is_file()]
             self._identity = hashlib.sha256("".join(parts).encode()).hexdigest()
-        return self._identity
+        if self.adapter is None:
+            return self._identity
+        file = adapter_file(self.adapter, self._session.slots.dtype)
+        return f"{self._identity} {sha256_of(self._folder / file)}"
 
 
 def _read_on(cache: Cache, texts: list[list[int]]) -> Floats:

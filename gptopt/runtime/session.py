@@ -42,6 +42,7 @@ _CACHE_TYPES = {"float32": "tensor(float)", "float16": "tensor(float16)", "int8"
 _NUMPY = {**_FLOAT_TYPES, "tensor(int8)": np.int8}
 KEEP = "num_logits_to_keep"  # optional input: score the last so many positions; 0: all
 _PLAIN = EdgeFile()
+Prepared = dict[str, Any]  # optional input -> onnxruntime value
 # onnxruntime's tiled attention is the faster one for float caches, the plain one for int8; the
 # variable is read while a session is opened.
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
@@ -64,7 +65,7 @@ class Session:
         cache_dtype, logits_dtype: numpy types.
         cache_shape: (K, D).
         keeps: whether the graph scores only the last positions where KEEP asks it to.
-        slots: low-rank inputs for adapters. adapter: changes with every switch of them.
+        slots: low-rank inputs for adapters. adapter: the one that is on, as `prepare` made it.
         keep_none: what KEEP is told where no position needs a score.
         settings: how its threads work.
     """
@@ -108,8 +109,7 @@ class Session:
         self.keeps = KEEP in extra
         self._keep_shape = [1] if self.keeps and extra[KEEP].shape else []
         self.slots = Slots(extra)
-        self.adapter = 0
-        self._low_rank: dict[str, Any] = {}
+        self.adapter: Prepared | None = None
         # Elsewhere than on a CPU, kernels may not take what is empty.
         self.keep_none = -(2**31) if self.provider == "cpu" else 1
         self._steps = 0
@@ -160,24 +160,20 @@ class Session:
         array = np.array(count, dtype=np.int64).reshape(self._keep_shape)
         return _onnxruntime().OrtValue.ortvalue_from_numpy(array)
 
-    def adapt(self, matrices: Matrices) -> None:
-        """Switch an adapter on, or with no matrices off; `adapter` counts the changes.
-
-        A binding keeps what was on when it was made.
+    def prepare(self, matrices: Matrices) -> Prepared:
+        """An adapter ready to be switched on, by `adapter`; bindings keep the one they began with.
 
         Raises:
-            CheckFailed: they do not fit the graph.
+            CheckFailed: it does not fit the graph.
         """
         self.slots.check(matrices, self._path)
-        values = self.slots.filled(matrices) if matrices else {}
         make = _onnxruntime().OrtValue.ortvalue_from_numpy
-        self._low_rank = {name: make(value) for name, value in values.items()}
-        self.adapter += 1
+        return {name: make(value) for name, value in self.slots.filled(matrices).items()}
 
     def new_binding(self) -> Any:
         """An onnxruntime IOBinding of this session, with the adapter that is on."""
         binding = self._session.io_binding()
-        for name, value in self._low_rank.items():
+        for name, value in (self.adapter or {}).items():
             binding.bind_ortvalue_input(name, value)
         return binding
 

@@ -48,6 +48,7 @@ class SharedCache(Cache):
 
     def step(self, ids: Ints, live: Bools) -> Floats:
         """See Cache.step. No array of the cache's size, or the scores', is made or copied."""
+        self._hold_adapter()
         if self.packed:
             S = self._place_right(ids, live)
         else:
@@ -188,7 +189,8 @@ class SharedCache(Cache):
         return scores.astype(np.float32, copy=False)
 
     def _bound(self, row: int, rows: int) -> "_Bound":
-        if (row, rows) not in self._bindings:
+        bound = self._bindings.get((row, rows))
+        if bound is None or bound.adapter is not self.session.adapter:
             self._bindings[row, rows] = _Bound(
                 self.session,
                 self._addresses(row),
@@ -225,6 +227,7 @@ class _Bound:
 
     def __init__(self, session: Session, addresses: list[int], shape: tuple[int, ...]) -> None:
         self._session = session
+        self.adapter = session.adapter
         self._binding = session.new_binding()
         self._fixed: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._kept = 0

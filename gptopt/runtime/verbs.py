@@ -37,7 +37,8 @@ def run(options: RunOptions) -> dict[str, Any]:
 
     Returns:
         What `continue_prompts` or `show_guesses` returns, with `provider` and `precision`, what
-        ran; with --tune also `tuning` (gptopt.runtime.tune.Tuning), alone where there is no prompt.
+        ran, and `adapter` where one is on; with --tune also `tuning` (gptopt.runtime.tune.Tuning),
+        alone where there is no prompt.
 
     Raises:
         UserError: no exported folder, it or this machine has not what was asked for, or the prompt
@@ -52,12 +53,15 @@ def run(options: RunOptions) -> dict[str, Any]:
     model = EdgeModel(
         Path(options.folder),
         precision=options.precision,
+        adapter=options.adapter,
         provider=options.provider,
         threads=options.threads,
     )
     if model.tokenizer is None:
         raise UserError(f"{options.folder}: was exported without a tokenizer, so it reads no text")
     where = {"provider": model.provider, "precision": model.precision}
+    if model.adapter is not None:
+        where["adapter"] = model.adapter
     if not model.config["causal"]:
         _require_prompt(options)
         guessed = guess_masks(

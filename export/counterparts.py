@@ -111,7 +111,8 @@ def _attention(node: ir.Node) -> Iterator[Check]:
             first = 2 if rotary.domain == MICROSOFT else 1
             yield Check(rotary.inputs[first], ("cosines", number), rotary)
             yield Check(rotary.inputs[first + 1], ("sines", number), rotary)
-        yield Check(value, (part, number), node)
+        turns = part in "qk" and "do_rotary" in node.attributes
+        yield Check(value, (f"unrotated {part}" if turns else part, number), node)
     if gqa:
         yield Check(inputs[5], ("last tokens", number), node)
         yield Check(inputs[6], ("total length", number), node)

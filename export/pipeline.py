@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
+from gptopt.export.angles import tabulate_angles
 from gptopt.export.contract import Contract
 from gptopt.export.cuda_graph import note_cuda_graph
 from gptopt.export.lowering import fit, lower
@@ -22,6 +23,7 @@ from gptopt.export.opset17 import downgrade
 from gptopt.export.passes import clean
 from gptopt.export.registry import check_kernels
 from gptopt.export.rules import fuse
+from gptopt.export.rules.rotary_gqa import BLOCK_SIZE
 from gptopt.export.targets import CUDA, Target
 from gptopt.export.trace import trace
 from gptopt.export.write import save, wants_data_file
@@ -74,9 +76,12 @@ def build_graph(model: nn.Module, config: ModelConfig, build: Build) -> ir.Model
     graph = lower(program, contract, build.target)
     build.done("lower", graph)
     clean(graph)
+    if build.target.angles == "tables":
+        tabulate_angles(graph, config.block_size)
     if build.target.opset < 18:
         downgrade(graph)
     build.done("clean", graph)
+    graph.graph.meta[BLOCK_SIZE] = config.block_size
     fuse(graph, build.target, build.notes)
     if build.target.provider == CUDA:
         note_cuda_graph(graph, build.notes)

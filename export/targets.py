@@ -62,7 +62,7 @@ class Target:
 
     def growing(self) -> "Target":
         """The same target for any model: the standard Attention, and a cache that grows."""
-        rules = tuple(rule for rule in self.rules if rule != "packed_qkv")
+        rules = tuple(rule for rule in self.rules if rule not in _COMPACT)
         return replace(
             self, opset=max(self.opset, 23), attention="standard", rules=rules, cache="growing",
             padding="any",
@@ -71,6 +71,7 @@ class Target:
 
 _FLOAT = ("fp32", "fp16")
 _FUSED = ("skip_layernorm", "bias_gelu", "last_token")
+_COMPACT = ("rotary_gqa", "packed_qkv")  # for a cache without padding
 
 PORTABLE = Target(
     name="portable", opset=21, attention="gqa", operators="microsoft", rules=_FUSED,
@@ -79,12 +80,12 @@ PORTABLE = Target(
 # Without skip_layernorm: onnxruntime's fused kernel is a plain loop on a CPU. Of (512, 768), one
 # thread, it takes 1.73 ms, two Adds and a LayerNormalization 0.26 ms; of one row 3.8 and 1.5 us.
 ORT_CPU = replace(
-    PORTABLE, name="ort-cpu", rules=("packed_qkv", "bias_gelu", "last_token"), padding="right",
+    PORTABLE, name="ort-cpu", rules=(*_COMPACT, "bias_gelu", "last_token"), padding="right",
     precisions=("fp32", "q8", "q4", "q2"),
 )  # fmt: skip
 CUDA = "CUDAExecutionProvider"
 ORT_CUDA = replace(
-    ORT_CPU, name="ort-cuda", rules=("packed_qkv", *_FUSED), provider=CUDA,
+    ORT_CPU, name="ort-cuda", rules=(*_COMPACT, *_FUSED), provider=CUDA,
     precisions=("fp16", "q4f16"),
 )  # fmt: skip
 # WebAssembly addresses 4 GiB, and holds the weights twice: as they were read, and packed.

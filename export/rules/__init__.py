@@ -9,13 +9,19 @@ from onnx_ir import Model
 
 from gptopt.export.graphs import MICROSOFT
 from gptopt.export.notes import Notes
-from gptopt.export.rules import bias_gelu, last_token, packed_qkv, skip_layernorm
+from gptopt.export.rules import bias_gelu, last_token, packed_qkv, rotary_gqa, skip_layernorm
 from gptopt.export.rules.rule import Rule, apply
 from gptopt.export.targets import Target
 
 RULES: dict[str, Rule] = {
     rule.name: rule
-    for rule in (packed_qkv.RULE, skip_layernorm.RULE, bias_gelu.RULE, last_token.RULE)
+    for rule in (
+        rotary_gqa.RULE,
+        packed_qkv.RULE,
+        skip_layernorm.RULE,
+        bias_gelu.RULE,
+        last_token.RULE,
+    )  # fmt: skip
 }
 
 

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from gptopt.config import TrainOptions
 from gptopt.log import say
 from gptopt.manifest import read_json, write_json, write_text
+from gptopt.training import train
 from gptopt.training.checkpoints import Checkpoints
 from gptopt.training.folder import to_toml
 from gptopt.training.metrics import read_metrics
@@ -97,7 +100,7 @@ class Matrix:
             raise RuntimeError(f"{variant}, {kind}: the run ended before it was killed at {kill}")
         lines = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
         if self._run(variant, out) != 0:
-            return {**_named(variant, kind, kill), "equal": False, "differs": ["not resumed"]}
+            raise RuntimeError(f"{variant}, {kind}: killed at {kill}, the run does not resume")
         differs = list(differences(straight, out))
         result = read_json(out / "result.json")
         return {
@@ -139,6 +142,9 @@ def _train(text: Path, out: Path, changes: dict[str, Any], ranks: int, kill: Kil
     values = _OPTIONS | changes | {"inputs": [str(text)], "out": str(out)}
     values |= {} if "init_from" in changes else {"model": shape}
     options = TrainOptions.model_validate(values)
+    if kill is None and ranks == 1:
+        train(options)
+        return 0
     config = out.with_name(f"{out.name}.toml")
     write_text(config, to_toml(options.model_dump(mode="json", by_alias=True, exclude_unset=True)))
     never = Kill(-1, 0, 0.0, 0)
@@ -149,7 +155,7 @@ def _train(text: Path, out: Path, changes: dict[str, Any], ranks: int, kill: Kil
     if ranks > 1:
         launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--no-python"]
         command = [*launcher, "--standalone", "--nproc-per-node", str(ranks), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     with out.with_name(f"{out.name}.log").open("a") as log:
         done = subprocess.run(
             command, stdout=log, stderr=log, timeout=_TIMEOUT_S, check=False, env=environment
@@ -192,6 +198,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("bench/results/resume.json"))
     parser.add_argument("--tries", type=int, default=1, help="kills of each kind and variant")
     chosen = parser.parse_args()
+    torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         matrix = Matrix(Path(folder))

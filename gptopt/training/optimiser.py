@@ -12,7 +12,7 @@ from gptopt.errors import CheckFailed
 # One fused kernel per step; it also skips the step on the device when found_inf is set. On a CPU it
 # takes a quarter of the time of the foreach form for a small model.
 FUSED_DEVICES = ("cpu", "cuda")
-_SLOTS = ("step", "exp_avg", "exp_avg_sq")
+SLOTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -41,7 +41,7 @@ def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dic
         f"{slot}.{name}": optimiser.state[parameter][slot]
         for name, parameter in model.named_parameters()
         if parameter in optimiser.state
-        for slot in _SLOTS
+        for slot in SLOTS
     }
 
 
@@ -55,7 +55,7 @@ def empty_optimiser_tensors(
     """
     tensors = {}
     for name, parameter in model.named_parameters():
-        for slot in _SLOTS:
+        for slot in SLOTS:
             if f"{slot}.{name}" in shapes:
                 like = torch.zeros(()) if slot == "step" else torch.zeros_like(parameter.detach())
                 _compare(f"{slot}.{name}", shapes[f"{slot}.{name}"], like.shape)
@@ -78,7 +78,7 @@ def load_optimiser_tensors(
         if f"step.{name}" not in tensors:
             continue  # a parameter that has not had a gradient yet has no state
         state = optimiser.state[parameter] = {}
-        for slot in _SLOTS:
+        for slot in SLOTS:
             key = f"{slot}.{name}"
             saved = tensors.get(key)
             shape = torch.Size() if slot == "step" else parameter.shape

@@ -77,6 +77,15 @@ def reducing(module: nn.Module, now: bool) -> contextlib.AbstractContextManager[
     return contextlib.nullcontext()
 
 
+def gather_no_more(model: nn.Module) -> None:
+    """Let go of weights that a forward pass without a backward pass has gathered.
+
+    While they are gathered, the model's parameters are not those that the optimiser knows.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()  # type: ignore[operator]
+
+
 def checkpoint_activations(model: GPT) -> None:
     """Keep what enters each block only; the backward pass computes the rest again.
 

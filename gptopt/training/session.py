@@ -27,12 +27,13 @@ from gptopt.training.hardware import (
 )
 from gptopt.training.objective import Objective
 from gptopt.training.optimiser import (
+    SLOTS,
     build_optimiser,
     empty_optimiser_tensors,
     load_optimiser_tensors,
     optimiser_tensors,
 )
-from gptopt.training.parallel import checkpoint_activations, shard, whole
+from gptopt.training.parallel import checkpoint_activations, gather_no_more, shard, whole
 from gptopt.training.prefetch import Prefetched
 from gptopt.training.resume import fixed_choices, refuse_changes
 from gptopt.training.rounding import MASTER, Rounding
@@ -91,6 +92,7 @@ class Session:
         Weights are gathered whole, for every checkpoint is a model folder; moments stay in parts.
         All ranks must call it.
         """
+        gather_no_more(self.model)
         state, first = self.state, self.world.is_first
         state.sampler = self.batches.state_dict()
         state.scaler = self.scaler.state_dict() if self.scaler else {}
@@ -106,6 +108,7 @@ class Session:
                 elif first:
                     weights[name] = keep(name, full)
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
+        assert len(moments) == len(SLOTS) * len(self.optimiser.state)
         if self.world.sharded:
             writer = ShardWriter(Path(OPTIMISER).stem, keep)
             save_sharded(writer, moments, self.world.control)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptopt.config import ModelConfig
+from gptopt.config_classifier import labels_of
 
 _ATTENTION = {
     "gqa": "com.microsoft.GroupQueryAttention",
@@ -50,6 +51,7 @@ def quality_line(quality: Mapping[str, Any]) -> str:
 def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: bool) -> str:
     """The card as Markdown, every number from the report."""
     task = "text-generation" if config.causal else "fill-mask"
+    task = task if labels_of(config) is None else "text-classification"
     header = f"---\nlibrary_name: onnxruntime\npipeline_tag: {task}\ntags:\n- gptopt\n- onnx\n---"
     parts = [
         header,
@@ -58,6 +60,8 @@ def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: boo
         "## Run it\n\n" + _usage(config, report, tokenizer),
         "## What was proven\n\n" + _proof(report),
     ]
+    if report["adapters"]:
+        parts.insert(-1, "## Adapters\n\n" + _adapters(report))
     measured = {
         name: each["quality"] for name, each in report["variants"].items() if each["quality"]
     }
@@ -73,6 +77,8 @@ def _facts(config: ModelConfig, report: Mapping[str, Any]) -> str:
         heads += f" ({config.kv_heads} for keys and values)"
     attention = _ATTENTION[graph["attention"]]
     kind = "next-token model" if config.causal else "bidirectional model (masked LM)"
+    if labels := labels_of(config):
+        kind = f"classifier of {len(labels)} labels"
     rows = [
         ("model", f"{kind}, {config.n_layer} layers of {config.n_embd} channels, {heads}"),
         ("details", f"{config.norm_position}-{config.norm}, {config.activation}, "
@@ -93,6 +99,12 @@ def _facts(config: ModelConfig, report: Mapping[str, Any]) -> str:
 def _usage(config: ModelConfig, report: Mapping[str, Any], tokenizer: bool) -> str:
     static, right = report["cache"] == "static", report["padding"] == "right"
     inputs = "`input_ids`, `attention_mask` and `position_ids` (int64)"
+    if labels_of(config):
+        return (
+            f"The graph takes {inputs} and gives `logits`, a score of each label for each text; "
+            f"config.json names the labels (`id2label`).\n\n"
+            "```\npip install 'gptopt[edge]'\ngptopt run THIS_FOLDER --prompt \"some text\"\n```"
+        )
     if not config.causal:
         return f"The graph takes {inputs} and gives `logits`."
     graph = (
@@ -132,6 +144,22 @@ _CACHES = {
     ("shared", True): f"Rows are padded on the right, and the next token of a row takes the place "
     f"of its padding. {_ONE_BUFFER}",
 }
+
+
+def _adapters(report: Mapping[str, Any]) -> str:
+    rows = [
+        f"| `{adapter}` | {name} | {proof['max_abs_error']:.1e} | {proof['budget']:.1e} |"
+        for name, variant in report["variants"].items()
+        for adapter, proof in variant["adapters"].items()
+    ]
+    return (
+        "The folder carries LoRA adapters that switch on the one base: `gptopt run THIS_FOLDER "
+        "--adapter NAME`, in Python `EdgeModel.use_adapter`, elsewhere onnxruntime's LoraAdapter "
+        "or onnxruntime-genai's Adapters with `onnx/NAME.onnx_adapter` (`NAME_fp16` for files in "
+        "float16). Without one the base runs. With each on, every logit was compared with the "
+        "PyTorch model that has the adapter on.\n\n"
+        "| adapter | file | largest error | budget |\n|---|---|---|---|\n" + "\n".join(rows)
+    )
 
 
 def _proof(report: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from typing import Any, Self
 import numpy as np
 
 from gptopt.config import ModelConfig
+from gptopt.config_classifier import labels_of, says_next
 
 Dims = tuple[int | str | None, ...]
 
@@ -32,14 +33,15 @@ class Contract:
     A causal model has a cache: layer i reads past_key_values.{i}.key|value and writes
     present.{i}.key|value. A bidirectional one has none, and its mask is as long as its input.
     A static cache comes back as long as it came in. The next token is an output where it is asked
-    for, behind all others.
+    for, behind all others. A model that labels text has no cache either, and scores its labels.
     """
 
     n_layer: int
     kv_heads: int
     head_size: int
     vocab_size: int
-    causal: bool
+    causal: bool  # and so with a cache
+    labels: int = 0
     static: bool = False
     next_token: bool = False
 
@@ -52,7 +54,8 @@ class Contract:
             kv_heads=config.kv_heads,
             head_size=config.head_size,
             vocab_size=config.vocab_size,
-            causal=config.causal,
+            causal=says_next(config),
+            labels=len(labels_of(config) or ()),
             static=static,
             next_token=next_token,
         )
@@ -69,7 +72,8 @@ class Contract:
 
     def outputs(self) -> dict[str, Dims]:
         """Output name -> dimensions, all float."""
-        logits: dict[str, Dims] = {"logits": (BATCH, SEQUENCE, self.vocab_size)}
+        scored = (BATCH, self.labels) if self.labels else (BATCH, SEQUENCE, self.vocab_size)
+        logits: dict[str, Dims] = {"logits": scored}
         chosen: dict[str, Dims] = {NEXT: (BATCH, None)} if self.next_token else {}
         return logits | self._cache("present", CAPACITY if self.static else TOTAL) | chosen
 

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from gptopt import hf
 from gptopt.config import ModelConfig
+from gptopt.config_classifier import says_next
 from gptopt.manifest import write_json
 from gptopt.runtime.variants import EdgeFile
 
 if TYPE_CHECKING:
     from gptopt.tokenizer import Tokenizer
 
+_JS_TYPES = ("fp32", "fp16", "q8", "q4", "q4f16", "q2")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -50,7 +52,7 @@ def write_configs(
     values |= {"transformers.js_config": _js_config(files), "gptopt_edge": edge}
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", dict(ids))
-    if tokenizer is not None and config.causal:
+    if tokenizer is not None and says_next(config):
         write_json(folder / "genai_config.json", _genai_config(config, ids, files[0].facts))
 
 
@@ -83,9 +85,11 @@ def _hf_config(
 def _js_config(files: Sequence[GraphFile]) -> dict[str, Any]:
     """transformers.js: which file, and which ones have weights beside them, by their full names.
 
-    In a browser it would ask for a quantised file by default.
+    In a browser it would ask for a quantised file by default. It knows a file by the name that it
+    gives its type; the others are for clients that name the file itself.
     """
-    js: dict[str, Any] = {"dtype": files[0].precision}
+    known = [file.precision for file in files if file.precision in _JS_TYPES]
+    js: dict[str, Any] = {"dtype": known[0]} if known else {}
     if beside := {Path(file.facts.file).name: 1 for file in files if file.external}:
         js["use_external_data_format"] = beside
     return js

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from gptopt.config import ModelConfig
+from gptopt.config_classifier import labels_of
 from gptopt.errors import CheckFailed, first_line
 from gptopt.export.contract import KEEP, SAMPLING, Contract
 from gptopt.runtime.adapters import SUFFIXES
@@ -101,9 +102,7 @@ def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) ->
         CheckFailed: onnxruntime refuses the file, or the contract is broken.
     """
     file = file or EdgeFile()
-    contract = Contract.of(
-        config, static=file.cache == "static", next_token=file.tokens != "none"
-    )
+    contract = Contract.of(config, static=file.cache == "static", next_token=file.tokens != "none")
     _check_names(path, contract)
     assert config.vocab_size is not None
     sizes = EdgeConfig(
@@ -113,7 +112,9 @@ def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) ->
         vocab_size=config.vocab_size,
         tokenizer_size=config.vocab_size,
         block_size=config.block_size,
-        causal=config.causal,
+        causal=contract.causal,
+        labels=labels_of(config),
+        multi_label=False,
         eos_ids=[],
     )
     return Session(path, sizes, "cpu", file=file)
@@ -208,7 +209,10 @@ class Stream:
         )
         for row, counted in enumerate(real.astype(bool)):
             self._said[row] += tuple(ids[row, counted].tolist())
-            said = logits[row] if scores else logits[row, counted]
+            if logits.ndim == 2:  # of the whole text
+                said = logits[row, None]
+            else:
+                said = logits[row] if scores else logits[row, counted]
             said = said if keep is None else said[-keep:]
             if len(said):
                 tokens = self._said[row]

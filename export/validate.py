@@ -16,6 +16,7 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
+from gptopt.config_classifier import says_next
 from gptopt.export import cases as plays
 from gptopt.export.next_token_proof import Chosen, prove_next_tokens
 from gptopt.export.reference import Answers, Expected, Reference
@@ -256,7 +257,7 @@ def _stage(
         padding=file.padding,
         by_column=file.cache == "shared",
         keeps=session.keeps,
-        causal=config.causal,
+        causal=says_next(config),
         vocab_size=vocab_size or config.vocab_size,
         block_size=config.block_size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gptopt.checkpoint import LoadedModel, load_model
+from gptopt.config_classifier import labels_of, says_next
 from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.adapters import adapters_of, prove_adapters
@@ -129,6 +130,9 @@ def _show(folder: Path, report: dict[str, Any]) -> None:
     say(f"{folder}: {report['parameters']:,} parameters, {size:,} bytes, proven")
 
 
+_SAME = ("n_layer", "kv_heads", "head_size", "vocab_size", "block_size")
+
+
 def validate(options: ValidateOptions) -> dict[str, Any]:
     """Prove an exported folder again, and show the proof.
 
@@ -152,8 +156,9 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
         raise UserError(
             f"--adapter {unknown[0]}: {folder} carries {', '.join(adapter_names(folder)) or 'none'}"
         )
-    for name in ("n_layer", "kv_heads", "head_size", "vocab_size", "block_size", "causal"):
-        found = getattr(model.config, name)
+    shape = {name: getattr(model.config, name) for name in _SAME}
+    shape |= {"causal": says_next(model.config), "labels": labels_of(model.config)}
+    for name, found in shape.items():
         if found != sizes[name]:
             raise UserError(
                 f"{folder}: was exported from a model with {name}={sizes[name]}, "

@@ -341,6 +341,7 @@ class EvaluateOptions(Options):
     )
     checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
     text_field: str = Field("text", description="field that holds the text in jsonl and parquet")
+    label_field: str = Field("label", description="of a classifier: field of the true labels")
     batch_size: Size = Field(16, description="sequences per batch")
     max_tokens: int = Field(0, ge=0, description="tokens to score at most (0: all)")
     device: str = Field("auto", description="cpu, cuda, cuda:N, mps or auto")

@@ -33,6 +33,11 @@ def model_config_of(values: Mapping[str, Any]) -> ModelConfig:
     return kind.model_validate(values)
 
 
+def says_next(config: ModelConfig) -> bool:
+    """Whether a model predicts next tokens, and so has a cache and can write."""
+    return config.causal and labels_of(config) is None
+
+
 def labels_of(config: ModelConfig) -> list[str] | None:
     """The labels of a model that labels text; None for one that predicts tokens."""
     return config.labels if isinstance(config, ClassifierConfig) else None

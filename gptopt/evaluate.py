@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from gptopt.choices import evaluate_choices
 from gptopt.config import DataOptions, EvaluateOptions
+from gptopt.config_classifier import labels_of
 from gptopt.data import Masking, open_dataset
 from gptopt.errors import CheckFailed, UserError
 from gptopt.log import progress, say
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from gptopt.data import Dataset, Mixture, TokenSplit
     from gptopt.evaluate_masked import Guesser
+    from gptopt.runtime.label import Forward as LabelForward
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +167,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         (null), split (train or val), seconds, tokens_per_second (read), and device or provider.
         Of a masked language model: val_loss and accuracy of the tokens that were masked, tokens
         (how many they were), bits_per_byte null.
+        Of a classifier: what gptopt.evaluate_labels.evaluate_labels returns.
 
     Raises:
         UserError: the model or the data cannot be used, or do not belong together.
@@ -173,6 +176,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if options.choices is not None:
         return evaluate_choices(options)
     opened = _open_model(options)
+    if opened.labels is not None:
+        return _score_labels(opened, opened.labels, options)
     data = DataOptions(val_fraction=0.0, text_field=options.text_field)
     dataset = open_dataset(options.data, data, tokenizer=opened.tokenizer)
     split = _choose(dataset, options.split)
@@ -235,6 +240,8 @@ class _Opened(NamedTuple):
     vocab_size: int
     causal: bool
     where: dict[str, str]
+    labels: list[str] | None = None
+    multi_label: bool = False
 
     def scorer(self) -> Scorer:
         edge = isinstance(self.model, EdgeModel)
@@ -245,6 +252,27 @@ class _Opened(NamedTuple):
 
         edge = isinstance(self.model, EdgeModel)
         return edge_guesser(self.model) if edge else torch_guesser(self.model)
+
+    def labeller(self) -> "LabelForward":
+        if isinstance(self.model, EdgeModel):
+            edge = self.model
+            return lambda ids, mask: edge.forward(ids, mask)[0]
+        from gptopt.generate import labeller
+
+        return labeller(self.model)
+
+
+def _score_labels(opened: _Opened, labels: list[str], options: EvaluateOptions) -> dict[str, Any]:
+    from gptopt.evaluate_labels import evaluate_labels, show_scores
+
+    scored = evaluate_labels(
+        opened.labeller(), opened.tokenizer, options, labels=labels,
+        multi_label=opened.multi_label, block_size=opened.block_size,
+    )  # fmt: skip
+    result = {**scored, **opened.where}
+    if not options.json_output:
+        show_scores(result)
+    return result
 
 
 def _open_model(options: EvaluateOptions) -> _Opened:
@@ -260,7 +288,10 @@ def _open_model(options: EvaluateOptions) -> _Opened:
         raise UserError(f"{options.model}: was exported without a tokenizer, so it reads no text")
     where = {"provider": edge.provider}
     causal = edge.config["causal"]
-    return _Opened(edge, edge.tokenizer, edge.block_size, edge.vocab_size, causal, where)
+    return _Opened(
+        edge, edge.tokenizer, edge.block_size, edge.vocab_size, causal, where,
+        edge.config["labels"], edge.config["multi_label"],
+    )  # fmt: skip
 
 
 def _open_torch(options: EvaluateOptions) -> _Opened:
@@ -280,8 +311,9 @@ def _open_torch(options: EvaluateOptions) -> _Opened:
     config, where = loaded.model.config, {"device": str(device)}
     assert config.vocab_size is not None
     return _Opened(
-        loaded.model, loaded.tokenizer, config.block_size, config.vocab_size, config.causal, where
-    )
+        loaded.model, loaded.tokenizer, config.block_size, config.vocab_size, config.causal, where,
+        labels_of(config), getattr(config, "multi_label", False),
+    )  # fmt: skip
 
 
 def _choose(dataset: "Dataset | Mixture", name: str) -> "TokenSplit":

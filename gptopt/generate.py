@@ -16,13 +16,15 @@ from torch import nn
 
 from gptopt.checkpoint import load_model
 from gptopt.config import GenerateOptions, SamplingOptions
+from gptopt.config_classifier import says_next
 from gptopt.decoders import StaticDecoder, TorchDecoder
 from gptopt.errors import UserError
-from gptopt.model import GPT
+from gptopt.model import GPT, Classifier
 from gptopt.runtime.folder import end_ids as end_ids_of
 from gptopt.runtime.folder import is_edge_folder
 from gptopt.runtime.generation import Completion, Context, OnText, OnToken, complete, prompt_ids
 from gptopt.runtime.guess import guess_masks, show_guesses
+from gptopt.runtime.label import Forward, label_texts, show_labels
 from gptopt.runtime.verbs import continue_prompts
 from gptopt.tokenizer import Tokenizer
 
@@ -47,9 +49,10 @@ def generate_tokens(
     Raises:
         UserError: the model is not causal, or a prompt does not fit.
     """
-    if not model.config.causal:
+    if not says_next(model.config):
         raise UserError(
-            "this is a masked language model, it cannot continue a text; use a causal one"
+            "this is a masked language model or a classifier, it cannot continue a text; use a"
+            " causal one"
         )
     if static_cache is None:
         static_cache = next(model.parameters()).device.type == "cuda"
@@ -83,7 +86,7 @@ def generate_text(model: GPT, tokenizer: Tokenizer, prompt: str, sampling: Sampl
 def generate(options: GenerateOptions) -> dict[str, Any]:
     """Continue the prompts of `gptopt generate`.
 
-    A masked language model guesses what its prompts' masks stand for.
+    A masked language model guesses what its prompts' masks stand for, a classifier labels them.
 
     Returns:
         What gptopt.runtime.verbs.continue_prompts, or gptopt.runtime.guess.show_guesses, returns,
@@ -105,6 +108,8 @@ def generate(options: GenerateOptions) -> dict[str, Any]:
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise UserError(f"{loaded.folder}: has no tokenizer.json, so it cannot read a prompt")
+    if isinstance(loaded.model, Classifier):
+        return _label(loaded.model, tokenizer, options, {"device": str(device)})
     if not loaded.model.config.causal:
         return _guess(loaded.model, tokenizer, options, {"device": str(device)})
     ends = sorted({tokenizer.eos_id, *end_ids_of(loaded.folder)})
@@ -139,6 +144,30 @@ def _guess(
 
     results = guess_masks(forward, tokenizer, options.prompt, model.config.block_size)
     return show_guesses(results, where, json_output=options.json_output)
+
+
+def labeller(model: Classifier) -> Forward:
+    """What scores ids and mask (B, T), both numpy, with a PyTorch classifier."""
+
+    def forward(ids: npt.NDArray[np.int64], mask: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        device = next(model.parameters()).device
+        with _inference(model):
+            given, real = (torch.from_numpy(part).to(device) for part in (ids, mask))
+            logits = model(given, attention_mask=real).logits
+        return logits.float().cpu().numpy()  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _label(
+    model: Classifier, tokenizer: Tokenizer, options: GenerateOptions, where: dict[str, str]
+) -> dict[str, Any]:
+    config = model.config
+    results = label_texts(
+        labeller(model), tokenizer, options.prompt, labels=config.labels,
+        multi_label=config.multi_label, block_size=config.block_size,
+    )  # fmt: skip
+    return show_labels(results, where, json_output=options.json_output)
 
 
 @contextmanager

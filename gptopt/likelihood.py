@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptopt.config import SamplingOptions
+from gptopt.config_classifier import says_next
 from gptopt.errors import UserError
 from gptopt.runtime.folder import end_ids, is_edge_folder
 from gptopt.runtime.generation import Completion, Context
@@ -187,7 +188,7 @@ def _open_torch(model: str, checkpoint: str, device: str) -> LikelihoodModel:
     place = resolve_device(device)
     loaded = load_model(model, checkpoint=checkpoint, device=place)
     config = loaded.model.config
-    _require(model, config.causal, loaded.tokenizer)
+    _require(model, says_next(config), loaded.tokenizer)
     assert loaded.tokenizer is not None
     assert config.vocab_size is not None
     ends = sorted({loaded.tokenizer.eos_id, *end_ids(loaded.folder)})
@@ -216,8 +217,8 @@ def _open_torch(model: str, checkpoint: str, device: str) -> LikelihoodModel:
 def _require(model: str, causal: bool, tokenizer: Tokenizer | None) -> None:
     if not causal:
         raise UserError(
-            f"{model}: is a masked language model, which gives no probability to a continuation; "
-            f"use a causal one"
+            f"{model}: is a masked language model or a classifier, which gives no probability to a "
+            f"continuation; use a causal one"
         )
     if tokenizer is None:
         raise UserError(f"{model}: has no tokenizer, so it reads no text")

@@ -13,15 +13,15 @@ from gptopt.config import ModelConfig
 from gptopt.config_classifier import ClassifierConfig, labels_of
 from gptopt.config_finetune import ClassifyOptions
 from gptopt.data import ItemSampler
-from gptopt.data.records import Record, read_records
+from gptopt.data.records import read_records
 from gptopt.errors import UserError
 from gptopt.finetune.confusion import draw_confusion
-from gptopt.finetune.examples import Encode, Example, Examples, Ints, text_of
+from gptopt.finetune.examples import Encode, Examples, Ints
+from gptopt.finetune.labels import LabelEncoder, names_of
 from gptopt.finetune.objective import FromExamples
 from gptopt.model import GPT, Classifier
-from gptopt.runtime.generation import prompt_ids
+from gptopt.runtime.label import padded
 from gptopt.scores import score_labels
-from gptopt.tokenizer import Tokenizer
 from gptopt.training.objective import Batch, Figures
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,11 @@ class Labels(FromExamples):
                 f"{options.inputs[0]}: every text has the label {self.labels[0]!r}; give examples"
                 f" of another one"
             )
-        return LabelEncoder(self.tokenizer, self.labels, options)
+        return LabelEncoder(
+            self.tokenizer, self.labels, text_field=options.text_field,
+            label_field=options.label_field, several=options.multi_label,
+            parse_control=options.parse_control,
+        )  # fmt: skip
 
     def _labels_of_examples(self) -> list[str]:
         found: set[str] = set()
@@ -138,11 +142,8 @@ class Labels(FromExamples):
 
     def inputs(self, examples: Examples, rows: Ints) -> dict[str, npt.NDArray[Any]]:
         """ids and attention_mask (B, T) of some texts, padded on the right."""
-        lengths = examples.lengths[rows]
-        ids = np.full((len(rows), int(lengths.max())), self.tokenizer.pad_id, dtype=np.int64)
-        for row, index in enumerate(rows.tolist()):
-            ids[row, : lengths[row]] = examples.ids[examples.span(index)]
-        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        texts = [examples.ids[examples.span(index)].tolist() for index in rows.tolist()]
+        ids, mask = padded(texts, self.tokenizer.pad_id)
         return {"ids": ids, "attention_mask": mask}
 
     def scores(self, model: GPT) -> dict[str, Any] | None:
@@ -237,44 +238,3 @@ class LabelledBatches:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The order's."""
         self._order.load_state_dict(state)
-
-
-class LabelEncoder:
-    """Makes an example of a record that has a text and a label."""
-
-    def __init__(self, tokenizer: Tokenizer, labels: list[str], options: ClassifyOptions) -> None:
-        self._tokenizer, self._options = tokenizer, options
-        self._numbers = {name: number for number, name in enumerate(labels)}
-
-    def __call__(self, record: Record) -> Example:
-        """Raises a UserError where the record has neither."""
-        options = self._options
-        text = text_of(record, options.text_field)
-        row = [0.0] * len(self._numbers)
-        for name in names_of(record, options.label_field, several=options.multi_label):
-            if name not in self._numbers:
-                known = ", ".join(list(self._numbers)[:10])
-                raise UserError(f"label {name!r} is not one of {known}; mend or remove it")
-            row[self._numbers[name]] = 1.0
-        if options.parse_control:
-            return Example(self._tokenizer.encode_with_control(text), [], row)
-        return Example(prompt_ids(self._tokenizer, text), [], row)
-
-
-def names_of(record: Record, field: str, *, several: bool) -> list[str]:
-    """The labels of a record; numbers stand for their digits.
-
-    Raises:
-        UserError: there is none where one is needed, or it is something else.
-    """
-    if field not in record or record[field] is None:
-        found = ", ".join(sorted(record)[:10]) or "none"
-        raise UserError(f"no field {field!r} (found: {found}); choose with --label-field")
-    value = record[field]
-    values = list(value) if several and isinstance(value, (list, tuple)) else [value]
-    for each in values:
-        if isinstance(each, bool) or not isinstance(each, (str, int)) or each == "":
-            wanted = "a list of names" if several else "a name"
-            hint = "; several labels need --multi-label" if isinstance(each, list) else ""
-            raise UserError(f"field {field!r}: found {each!r}, expected {wanted}{hint}")
-    return [str(each) for each in values]

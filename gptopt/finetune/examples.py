@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from gptopt.config_finetune import FinetuneOptions, Overlong
+from gptopt.config_finetune import Overlong
 from gptopt.data.records import Record, has_records, read_records
 from gptopt.data.sampler import shuffled
 from gptopt.errors import UserError
@@ -79,17 +79,17 @@ class Reader:
     """Reads files of records into examples.
 
     Args:
-        options: files, lengths.
         fields: columns of a parquet file that may be needed.
         encode: makes an example of a record.
         longest: tokens of an example at most.
+        overlong: what becomes of longer ones.
     """
 
     def __init__(
-        self, options: FinetuneOptions, fields: Sequence[str], encode: Encode, longest: int
+        self, fields: Sequence[str], encode: Encode, longest: int, overlong: Overlong
     ) -> None:
         self._fields, self._encode, self._longest = fields, encode, longest
-        self._overlong: Overlong = options.overlong
+        self._overlong = overlong
 
     def read(self, names: Sequence[str]) -> Examples:
         """All examples of some files.

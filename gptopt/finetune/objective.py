@@ -63,7 +63,7 @@ class FromExamples(Objective):
                 f" most that"
             )
         self._check_start(start)
-        reader = Reader(options, self.fields(), self.encoder(start), self.longest())
+        reader = Reader(self.fields(), self.encoder(start), self.longest(), options.overlong)
         self.examples = reader.read(options.inputs)
         if options.val_data:
             self.chosen, _ = hold_out(len(self.examples), 0)

@@ -8,6 +8,7 @@ import torch
 
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import ModelConfig, SamplingOptions
+from gptopt.config_classifier import says_next
 from gptopt.config_finetune import SftOptions
 from gptopt.data import ItemSampler
 from gptopt.data.records import Record, reading
@@ -46,10 +47,10 @@ class Replies(FromExamples):
         return self.block_size + 1
 
     def _check_start(self, start: LoadedModel) -> None:
-        if not start.model.config.causal:
+        if not says_next(start.model.config):
             raise UserError(
-                f"{self.options.init_from}: is a masked language model, which cannot write a reply;"
-                f" start from a next-token model"
+                f"{self.options.init_from}: is a masked language model or a classifier, which"
+                f" cannot write a reply; start from a next-token model"
             )
 
     def encoder(self, start: LoadedModel) -> Encode:

@@ -162,7 +162,8 @@ class EdgeModel:
             past: per layer keys and values, each (B, K, P, D); none: P = 0.
 
         Returns:
-            logits (B, T, V) float32, and per layer keys and values, each (B, K, S, D).
+            logits (B, T, V) float32, of a classifier (B, L) of its labels; and per layer keys and
+            values, each (B, K, S, D).
 
         Raises:
             UserError: rows are padded where the file takes no padding.
@@ -198,12 +199,13 @@ class EdgeModel:
     def new_cache(self, rows: int = 1) -> Cache:
         """An empty cache of so many rows: `read`, `step`, `rewind`, `branch`, `save` it."""
         if not self.config["causal"]:
+            kind = "a masked language model" if self.config["labels"] is None else "a classifier"
             raise UserError(
-                f"{self._folder}: is a masked language model without a cache, it cannot generate; "
+                f"{self._folder}: is {kind} without a cache, it cannot generate; "
                 f"export a causal model"
             )
-        kind = GrowingCache if self.file.cache == "growing" else SharedCache
-        return kind(self._session, rows, self.block_size, self._identify)
+        made = GrowingCache if self.file.cache == "growing" else SharedCache
+        return made(self._session, rows, self.block_size, self._identify)
 
     def load_cache(self, path: Path | str) -> Cache:
         """A cache that was saved with the same folder and precision.

@@ -16,7 +16,7 @@ from typing import TypedDict
 
 from pydantic import ValidationError
 
-from gptopt.config import ModelConfig
+from gptopt.config_classifier import labels_of, model_config_of, says_next
 from gptopt.errors import CheckFailed, UserError
 from gptopt.manifest import MANIFEST, read_json, verify_file, verify_manifest
 from gptopt.runtime.client_files import refuse_hostile
@@ -51,7 +51,9 @@ class EdgeConfig(TypedDict):
     vocab_size: int
     tokenizer_size: int
     block_size: int
-    causal: bool
+    causal: bool  # predicts next tokens, and so has a cache
+    labels: list[str] | None  # of a model that labels text
+    multi_label: bool
     eos_ids: list[int]
 
 
@@ -200,7 +202,7 @@ def load_config(folder: Path) -> EdgeConfig:
     sizes = dict(sizes)
     tokenizer_size = sizes.pop("tokenizer_size", None)
     try:
-        model = ModelConfig.model_validate(sizes)
+        model = model_config_of(sizes)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
@@ -219,7 +221,9 @@ def load_config(folder: Path) -> EdgeConfig:
         vocab_size=vocab_size,
         tokenizer_size=tokenizer_size,
         block_size=model.block_size,
-        causal=model.causal,
+        causal=says_next(model),
+        labels=labels_of(model),
+        multi_label=getattr(model, "multi_label", False),
         eos_ids=end_ids(folder),
     )
 

@@ -314,7 +314,10 @@ def _check_contract(session: Any, path: Path, config: EdgeConfig, file: EdgeFile
         _same_shape(path, inputs[name], ["tensor(int64)"], (None, None))
     logits = outputs["logits"]
     scored = 1 if file.scores == "last" and logits.shape[1] == 1 else None
-    _same_shape(path, logits, list(_FLOAT_TYPES), (None, scored, config["vocab_size"]))
+    shape = (None, scored, config["vocab_size"])
+    if config["labels"] is not None:
+        shape = (None, len(config["labels"]))
+    _same_shape(path, logits, list(_FLOAT_TYPES), shape)
     cached = _CACHE_TYPES[file.cache_dtype] if file.cache_dtype else logits.type
     cache = (None, config["kv_heads"], None, config["head_size"])
     for name in past:

@@ -11,6 +11,7 @@ from gptopt.errors import UserError
 from gptopt.log import say
 from gptopt.runtime.generation import Completion, Context, Generated, OnText, prompt_ids
 from gptopt.runtime.guess import guess_masks, show_guesses
+from gptopt.runtime.label import label_texts, show_labels
 from gptopt.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class Completer(Protocol):
 def run(options: RunOptions) -> dict[str, Any]:
     """Continue the prompts in onnxruntime; with --tune, measure its threads first.
 
-    A masked language model guesses what its prompts' masks stand for (gptopt.runtime.guess).
+    A masked language model guesses what its prompts' masks stand for (gptopt.runtime.guess), a
+    classifier labels them (gptopt.runtime.label).
 
     Returns:
         What `continue_prompts` or `show_guesses` returns, with `provider` and `precision`, what
@@ -62,6 +64,15 @@ def run(options: RunOptions) -> dict[str, Any]:
     where = {"provider": model.provider, "precision": model.precision}
     if model.adapter is not None:
         where["adapter"] = model.adapter
+    labels = model.config["labels"]
+    if labels is not None:
+        _require_prompt(options)
+        several = model.config["multi_label"]
+        found = label_texts(
+            lambda ids, mask: model.forward(ids, mask)[0], model.tokenizer, options.prompt,
+            labels=labels, multi_label=several, block_size=model.block_size,
+        )  # fmt: skip
+        return {**show_labels(found, where, json_output=options.json_output), **tuning}
     if not model.config["causal"]:
         _require_prompt(options)
         guessed = guess_masks(

@@ -7,6 +7,7 @@ from typing import Any
 
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import ModelConfig, SamplingOptions, TrainOptions
+from gptopt.config_classifier import labels_of
 from gptopt.data import IGNORED, Dataset, Masking, Mixture, Sampler, TokenSplit, open_dataset
 from gptopt.data.mixture import MixtureSampler
 from gptopt.errors import UserError
@@ -63,6 +64,11 @@ class NextToken(Objective):
         """The shape that was asked for, or the one of the model to start from."""
         options, config, size = self.options, self._asked(), self.tokenizer.size
         if options.init_from is not None and start is not None:
+            if labels_of(start.model.config) is not None:
+                raise UserError(
+                    f"--init-from {options.init_from}: is a classifier, which has no head for"
+                    f" tokens; start from the model it was made from"
+                )
             config = self._taken_over(start.model.config, resuming=resuming)
         if config.vocab_size is None:
             padded = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,14 +1,18 @@
 """Chat templates: sandboxed, control tokens only where they wrote them, replies told apart."""
 
 import pytest
+from tokenizers import AddedToken
 
 from gptopt.errors import UserError
 from gptopt.finetune.chat import PLAIN, ChatTemplate, check_roles
 from gptopt.tokenizer import END_OF_TEXT, Tokenizer
+from gptopt.tokenizer_files import dump
+from gptopt.tokenizer_training import train_backend
 
 MARKED = (
-    "{% for message in messages %}{{ '<mask>' + message['role'] + '\n' + message['content'] | trim"
-    " + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<mask>assistant\n' }}"
+    "{% for message in messages %}{{ '<|start|>' + message['role'] + '\n' "
+    "+ message['content'] | trim"
+    " + eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant\n' }}"
     "{% endif %}"
 )
 CHAT = [
@@ -22,7 +26,9 @@ CHAT = [
 @pytest.fixture(scope="module")
 def tokenizer():
     text = "what says the cat? the cat meows. the dog? it barks. user assistant system"
-    return Tokenizer.train([text] * 3, vocab_size=300, mask_token=True)
+    backend = train_backend([text] * 3, "bpe", 300)
+    backend.add_special_tokens([AddedToken("<|start|>", special=True, normalized=False)])
+    return Tokenizer(dump(backend), {}, "test")
 
 
 def spelled(tokenizer, parts):
@@ -33,7 +39,7 @@ def test_replies_are_told_apart_and_end_as_the_template_ends_them(tokenizer):
     parts = spelled(tokenizer, ChatTemplate(MARKED, tokenizer).parts(CHAT))
     assert [reply for _, reply in parts] == [False, True, False, True, False]
     assert parts[1] == ("the cat meows.<|endoftext|>\n", True)
-    assert parts[2] == ("<mask>user\nthe dog?<|endoftext|>\n<mask>assistant\n", False)
+    assert parts[2] == ("<|start|>user\nthe dog?<|endoftext|>\n<|start|>assistant\n", False)
     assert "".join(text for text, _ in parts) == ChatTemplate(MARKED, tokenizer).render(CHAT)
 
 
@@ -49,7 +55,9 @@ def test_the_tokens_are_those_that_transformers_would_feed(tokenizer):
         backend.encode_special_tokens = True
 
 
-@pytest.mark.parametrize("evil", [END_OF_TEXT, "<mask>", f"a{END_OF_TEXT}<mask>b", "  <mask>  "])
+@pytest.mark.parametrize(
+    "evil", [END_OF_TEXT, "<|start|>", f"a{END_OF_TEXT}<|start|>b", "  <|start|>  "]
+)
 def test_control_tokens_in_messages_are_plain_text_unless_asked(tokenizer, evil):
     chat = [{"role": "user", "content": evil}, {"role": "assistant", "content": f"so {evil}"}]
     harmless = ChatTemplate(MARKED, tokenizer).parts(chat)

@@ -220,3 +220,84 @@ def test_resume_is_bit_exact(classify_options, questions, tmp_path, monkeypatch)
     last = [tmp_path / run / "checkpoints/step-000009" for run in ("straight", "killed")]
     for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors", "config.json"):
         assert (last[0] / name).read_bytes() == (last[1] / name).read_bytes(), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, make_base):
+    """(run folder, its data), of one label and of several."""
+    from gptopt.config_finetune import ClassifyOptions
+
+    folder = tmp_path_factory.mktemp("trained")
+    made = {}
+    for several in (False, True):
+        data = folder / f"{several}.jsonl"
+        rows = [{"text": t, "label": "asks"} for t in TEXTS]
+        rows += [{"text": f"the {a}.", "label": "tells"} for a in ANIMALS]
+        if several:
+            rows = [{**row, "label": [row["label"], "animal"]} for row in rows]
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        out = folder / f"run-{several}"
+        classify(ClassifyOptions(
+            inputs=[str(data)], out=str(out), init_from=str(make_base()), steps=30, batch_size=6,
+            lr=1e-2, device="cpu", checkpoint_every=0, multi_label=several, json=True,
+            pooling="mean" if several else "last",
+        ))  # fmt: skip
+        made[several] = (out, data)
+    return made
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_the_edge_labels_as_torch_does(trained, tmp_path, several):
+    from gptopt.config import EvaluateOptions, GenerateOptions, RunOptions
+    from gptopt.config_export import ExportOptions, ValidateOptions
+    from gptopt.evaluate import evaluate
+    from gptopt.export.verbs import export, validate
+    from gptopt.generate import generate
+    from gptopt.runtime.verbs import run
+
+    out, data = trained[several]
+    edge = str(tmp_path / "edge")
+    report = export(ExportOptions(model=str(out), out=edge, precision="fp32,q8", json=True))
+    assert report["passed"]
+    config = json.loads((tmp_path / "edge/config.json").read_text())
+    assert config["id2label"] == dict(enumerate_text(["animal", "asks", "tells"][not several :]))
+    assert validate(ValidateOptions(folder=edge, model=str(out), json=True))["passed"]
+    prompts = ["what says the cat?", "the dog."]
+    here = generate(GenerateOptions(model=str(out), prompt=prompts, json=True))["results"]
+    there = run(RunOptions(folder=edge, prompt=prompts, json=True))["results"]
+    for left, right in zip(here, there, strict=True):
+        assert right["labels"] == left["labels"]
+        assert right["probabilities"] == pytest.approx(left["probabilities"], abs=1e-5)
+    assert here[0]["label"] == (None if several else "asks")
+    scores = [
+        evaluate(EvaluateOptions(model=m, data=[str(data)], json=True)) for m in (str(out), edge)
+    ]
+    assert scores[1]["accuracy"] == scores[0]["accuracy"]
+    assert scores[1]["val_loss"] == pytest.approx(scores[0]["val_loss"], rel=1e-4)
+    with pytest.raises(UserError, match="is a classifier"):
+        from gptopt.runtime.edge import EdgeModel
+
+        EdgeModel(edge).new_cache()
+
+
+def enumerate_text(names):
+    return ((str(at), name) for at, name in enumerate(names))
+
+
+def test_a_classifier_is_no_model_of_tokens(trained, sft_options, replies, tmp_path):
+    from gptopt.config import GenerateOptions, SamplingOptions, TrainOptions
+    from gptopt.finetune import sft
+    from gptopt.generate import generate, generate_tokens
+    from gptopt.training import train
+
+    out, _ = trained[False]
+    with pytest.raises(UserError, match="classifier, which cannot write a reply"):
+        sft(sft_options(replies, init_from=out))
+    with pytest.raises(UserError, match="classifier, it cannot continue"):
+        generate_tokens(load_model(out).model, [[1]], SamplingOptions())
+    with pytest.raises(UserError, match="tokens, the model sees 32"):
+        generate(GenerateOptions(model=str(out), prompt=["cat " * 40], json=True))
+    text = tmp_path / "t.txt"
+    text.write_text("the cat meows. " * 50)
+    with pytest.raises(UserError, match="is a classifier, which has no head for tokens"):
+        train(TrainOptions(inputs=[str(text)], out=str(tmp_path / "r"), init_from=str(out)))

@@ -124,6 +124,8 @@ def merge_constants(model: ir.Model) -> None:
     for value in list(model.graph.initializers.values()):
         tensor = value.const_value
         assert tensor is not None
+        if value.is_graph_input():  # a default, which clients override
+            continue
         if tensor.size > _FOLD_LIMIT or (tensor.dtype.is_floating_point() and tensor.shape):
             continue
         key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes())

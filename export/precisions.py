@@ -95,7 +95,9 @@ class Precision:
 
 
 _Q4 = BlockFormat(bits=4, block=64, method="gptq")
-_Q4_HEAD = BlockFormat(bits=4, block=32, method="gptq")
+# The table is as large as seven layers of a GPT-2, and its errors are seen twice.
+_Q4_HEAD = BlockFormat(bits=4, block=32, symmetric=False, method="gptq")
+_WIDE = BlockFormat(bits=4, block=128, method="gptq")
 
 # Twice to five times what was found with models trained here (bench/results/quality.json).
 _EXACT = Allowed(perplexity=1e-4, mean_kl=1e-6, agreement=0.999)
@@ -114,6 +116,9 @@ PRECISIONS = {
             head=BlockFormat(bits=8, block=128), allowed=_EIGHT,
         ),
         Precision(name="q4", suffix="_q4", layers=_Q4, head=_Q4_HEAD, allowed=_FOUR),
+        Precision(
+            name="q4-fast", suffix="_q4_fast", layers=_WIDE, head=_WIDE, allowed=_FOUR
+        ),
         Precision(
             name="q4f16", suffix="_q4f16", layers=_Q4, head=_Q4_HEAD, floats="float16",
             allowed=_FOUR,

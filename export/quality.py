@@ -95,12 +95,13 @@ class HeldOut:
         model: float32, on the CPU, in evaluation mode; as `gptopt.export.trace.Exportable`.
         ids: token ids. Up to 8 windows of up to 256 tokens are read, spread over them; fewer where
             the vocabulary is large, so that what the model says fits into 256 MiB.
+        windows: instead of 8.
 
     Raises:
         UserError: the text is too short.
     """
 
-    def __init__(self, model: nn.Module, ids: Sequence[int]) -> None:
+    def __init__(self, model: nn.Module, ids: Sequence[int], *, windows: int = _WINDOWS) -> None:
         if len(ids) < MIN_HELD_OUT:
             raise UserError(
                 f"held-out text: {len(ids)} tokens, expected at least {MIN_HELD_OUT}; give a "
@@ -111,7 +112,7 @@ class HeldOut:
         self._config = config
         window = min(_WINDOW, config.block_size)
         whole = len(ids) // window
-        wanted = min(_WINDOWS * _WINDOW, _KEPT // config.vocab_size) // window
+        wanted = min(windows * _WINDOW, _KEPT // config.vocab_size) // window
         count = max(1, min(whole, wanted))
         starts = [whole * index // count * window for index in range(count)]
         self._windows = [np.array([ids[start : start + window]]) for start in starts]

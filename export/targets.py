@@ -36,6 +36,7 @@ class Target:
         provider: onnxruntime's name of the provider whose kernels must cover every node.
         largest_bytes: what one file may have, its weights beside it included, to be loaded at all.
         lookups: whether rows of quantised tables come from com.microsoft.GatherBlockQuantized.
+        angles: whether cosines and sines of positions are computed, or looked up.
         cache: "shared": a runtime may bind one buffer as past and present, longer than the text;
             "static": it must.
         padding: "right": the cache holds no padding, a row's next token overwrites it, so prompts
@@ -53,6 +54,7 @@ class Target:
     provider: str = "CPUExecutionProvider"
     largest_bytes: int | None = None
     lookups: Literal["microsoft", "primitives"] = "microsoft"
+    angles: Literal["computed", "tables"] = "computed"
     cache: Literal["shared", "static", "growing"] = "growing"
     padding: Literal["any", "right"] = "any"
 
@@ -75,13 +77,13 @@ _COMPACT = ("rotary_gqa", "packed_qkv")  # for a cache without padding
 
 PORTABLE = Target(
     name="portable", opset=21, attention="gqa", operators="microsoft", rules=_FUSED,
-    precisions=(*_FLOAT, "q8", "q4", "q4f16", "q2"), cache="shared",
+    precisions=(*_FLOAT, "q8", "q4", "q4-fast", "q4f16", "q2"), cache="shared",
 )  # fmt: skip
 # Without skip_layernorm: onnxruntime's fused kernel is a plain loop on a CPU. Of (512, 768), one
 # thread, it takes 1.73 ms, two Adds and a LayerNormalization 0.26 ms; of one row 3.8 and 1.5 us.
 ORT_CPU = replace(
     PORTABLE, name="ort-cpu", rules=(*_COMPACT, "bias_gelu", "last_token"), padding="right",
-    precisions=("fp32", "q8", "q4", "q2"),
+    precisions=("fp32", "q8", "q4", "q4-fast", "q2"),
 )  # fmt: skip
 CUDA = "CUDAExecutionProvider"
 ORT_CUDA = replace(
@@ -91,7 +93,7 @@ ORT_CUDA = replace(
 # WebAssembly addresses 4 GiB, and holds the weights twice: as they were read, and packed.
 WEB = replace(
     PORTABLE, name="web", lookups="primitives", precisions=("fp32", "fp16", "q8", "q4", "q4f16"),
-    largest_bytes=2**31,
+    angles="tables", largest_bytes=2**31,
 )  # fmt: skip
 STANDARD = Target(
     name="standard", opset=24, attention="scatter", operators="standard", rules=("last_token",),

@@ -27,7 +27,7 @@ class ExportOptions(Options):
     precision: str = Field(
         "fp32",
         description="files to write, comma-separated, the default one first: fp32, fp16, q8, q4, "
-        "q4f16, q2",
+        "q4-fast, q4f16, q2",
     )
     cache: Literal["fp32", "int8"] = Field(
         "fp32", description="keys and values as computed, or in int8 (needs --calibration)"

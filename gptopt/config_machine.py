@@ -76,6 +76,24 @@ class BenchOptions(Options):
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
 
+class QualityOptions(Options):
+    """Measure what quantised files leave of a trained model, beside llama.cpp's formats."""
+
+    models: list[str] = Field(description="trained model folder or run folder; repeat for more")
+    held_out: str = Field(description="text file to measure on")
+    calibration: str = Field(description="text file to calibrate on, of the same kind")
+    precision: str = Field("q8,q4,q4-fast,q2", description="presets, comma-separated")
+    budget: list[str] = Field(
+        default_factory=list, description="a mix of q4 by ppl=1% or bytes=80MB; repeat for more"
+    )
+    peer_python: str | None = Field(
+        None, description="llamacpp=PYTHON of an environment with llama-cpp-python and gguf"
+    )
+    out: str = Field("bench/results", description="folder for quality.json and quality.svg")
+    checkpoint: str = Field("auto", description="of a run: best, last, or a step number")
+    json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
+
+
 class InferenceOptions(Options):
     """Measure exported folders on a CPU beside the runtimes that are installed."""
 

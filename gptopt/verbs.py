@@ -56,6 +56,12 @@ VERBS = {
     "run": Verb("gptopt.runtime.verbs:run", "RunOptions", "folder", extra="edge"),
     "chat": Verb("gptopt.chat:chat", "config_chat:ChatOptions", "model", extra="train,edge"),
     "bench": Verb("gptopt.bench.verb:bench", "config_machine:BenchOptions", "what", extra="train"),
+    "bench quality": Verb(
+        "gptopt.bench.quality:quality",
+        "config_machine:QualityOptions",
+        "models",
+        extra="train,export",
+    ),
     "bench inference": Verb(
         "gptopt.bench.inference:inference",
         "config_machine:InferenceOptions",

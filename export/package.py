@@ -14,6 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from gptopt.config import ModelConfig
+from gptopt.config_classifier import labels_of, says_next
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.adapters import (
     NamedAdapter,
@@ -31,22 +32,21 @@ from gptopt.export.folder import GraphFile, write_configs
 from gptopt.export.front import front_svg
 from gptopt.export.lookups import unfold_lookups
 from gptopt.export.next_token import Tokens, add_next_token
-from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.precisions import PRECISIONS, Allowed, BlockFormat, Precision, allowed_of
-from gptopt.export.quality import HeldOut, Quality
+from gptopt.export.quality import HeldOut
 from gptopt.export.quantize import Known, quantize_graph
 from gptopt.export.reference import Answers
 from gptopt.export.registry import check_kernels
+from gptopt.export.report import Variant, graph_facts, report_of
 from gptopt.export.samples import write_samples
 from gptopt.export.search import CANDIDATES, Found, Measured, mixed, pareto_front, search
 from gptopt.export.speed import tokens_per_s
 from gptopt.export.targets import PORTABLE, Target, check_precisions, tell_size
 from gptopt.export.trace import Exportable
-from gptopt.export.validate import Proof, prove
+from gptopt.export.validate import prove
 from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
-from gptopt.model import GPT
 from gptopt.runtime.client_files import check_client_files
 from gptopt.runtime.graph import check_graph
 
@@ -100,41 +100,6 @@ class Common:
     answers: Answers = field(default_factory=Answers)
 
 
-@dataclass(slots=True)
-class Variant:
-    """One ONNX file that was written and proven."""
-
-    file: GraphFile
-    graph: dict[str, Any]
-    proof: Proof
-    notes: Notes
-    quality: Quality | None = None
-    search: Found | None = None
-    adapters: dict[str, dict[str, Any]] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the proof does not hold, or too much is lost on held-out text."""
-        lost = self.quality is not None and self.quality.failure is not None
-        return lost or not self.proof.passed
-
-    def as_dict(self) -> dict[str, Any]:
-        """For report.json."""
-        return {
-            **self.proof.as_dict(),
-            "quality": self.quality and self.quality.as_dict(),
-            "budget": self.search and self.search.as_dict(),
-            "adapters": self.adapters,
-            "file": self.file.facts.file,
-            "padding": self.file.facts.padding,
-            "cache": self.file.facts.cache,
-            "graph": self.graph,
-            "notes": self.notes.as_list(),
-            "seconds": _rounded(self.seconds),
-        }
-
-
 def export_model(
     model: nn.Module,
     tokenizer: "Tokenizer | None",
@@ -169,8 +134,10 @@ def export_model(
     check_precisions(target, [each.name for each in plan.precisions])
     if plan.adapters:
         refuse_target(target)
-    if plan.tokens != "none" and not config.causal:
-        raise UserError(f"--tokens {plan.tokens}: a masked language model has no next token")
+    if plan.tokens != "none" and not says_next(config):
+        raise UserError(f"--tokens {plan.tokens}: only a next-token model has a next token")
+    if labels_of(config) and (plan.calibration or plan.held_out or plan.adapters):
+        raise UserError("--calibration, --held-out and --adapter are for models of tokens alone")
     size = None if tokenizer is None else tokenizer.size
     with staged_folder(folder, force=force) as staging:
         build = Build(target, keep=plan.keep_stages, program=common.program)
@@ -190,8 +157,9 @@ def export_model(
         files = [each.file for each in variants]
         names = [each.name for each in plan.adapters]
         write_configs(staging, config, tokenizer, target.name, files, names)
-        write_samples(staging)
-        report = _report(staging, model, build, variants)
+        if labels_of(config) is None:
+            write_samples(staging)
+        report = report_of(staging, model, build, variants)
         write_json(staging / REPORT, report)
         card = model_card(config, report, tokenizer=tokenizer is not None)
         write_text(staging / "README.md", card)
@@ -211,7 +179,7 @@ def _failure(
 ) -> CheckFailed:
     """What to say of the last variant, after its report was written beside the folder."""
     last, path = variants[-1], failed_report(folder)
-    report = _report(staging, model, build, variants)
+    report = report_of(staging, model, build, variants)
     report |= {"passed": False, "failed": last.file.precision, "departure": None}
     if last.proof.passed:
         assert last.quality is not None
@@ -265,11 +233,14 @@ class _Maker:
             self.folder / path, self.model, vocab_size=self.vocab_size, file=file.facts,
             answers=self.answers,
         )  # fmt: skip
-        adapters = self._prove_adapters(file) if proof.passed else {}
+        chosen = self.plan.adapters if proof.passed else ()
+        adapters = prove_adapters(
+            self.folder / path, file.facts, self.model, chosen, self.vocab_size
+        )
         build.done("prove")
         variant = Variant(
-            file, _facts(graph, target), proof, build.notes, seconds=build.seconds, search=found,
-            adapters=adapters,
+            file, graph_facts(graph, target), proof, build.notes, search=found,
+            adapters=adapters, seconds=build.seconds,
         )  # fmt: skip
         if self.plan.held_out is not None and proof.passed:
             allowed = allowed_of(precision.name, file.facts.cache_dtype)
@@ -278,15 +249,6 @@ class _Maker:
             variant.quality = self.plan.held_out.measure(self.folder / path, file.facts, allowed)
             build.done("measure")
         return variant
-
-    def _prove_adapters(self, file: GraphFile) -> dict[str, dict[str, Any]]:
-        """The proof of a file with each of the adapters on."""
-        model, plan = self.model, self.plan
-        if not plan.adapters:
-            return {}
-        assert isinstance(model, GPT)  # name_adapter took one
-        path = self.folder / file.facts.file
-        return prove_adapters(path, file.facts, model, plan.adapters, self.vocab_size)
 
     def _search(self, precision: Precision) -> Found:
         """The mix of formats that keeps to the budget."""
@@ -325,7 +287,7 @@ class _Maker:
             check_kernels(graph, target, build.notes)
             build.done(f"quantise-{precision.name}", graph)
         if self.plan.adapters:
-            graph = add_slots(graph, self.plan.adapters)
+            graph = add_slots(graph, self.plan.adapters, build.notes)
             check_kernels(graph, target, build.notes)
             build.done("adapters", graph)
         tokens = self.plan.tokens
@@ -372,42 +334,3 @@ def _config_of(model: nn.Module, tokenizer: "Tokenizer | None") -> ModelConfig:
             f"tokenizer it was trained with"
         )
     return config
-
-
-def _facts(graph: ir.Model, target: Target) -> dict[str, Any]:
-    operators = sorted({f"{node.domain or 'ai.onnx'}.{node.op_type}" for node in graph.graph})
-    return {
-        "target": target.name,
-        "opset": target.opset,
-        "ir_version": target.ir_version,
-        "nodes": graph.graph.num_nodes(),
-        "attention": target.attention,
-        "operators": operators,
-    }
-
-
-def _report(
-    folder: Path, model: nn.Module, build: Build, variants: Sequence[Variant]
-) -> dict[str, Any]:
-    """The first variant's proof at the top, and each variant with its own."""
-    import onnxruntime
-    import torch
-
-    files = {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-    first = variants[0]
-    return {
-        **first.as_dict(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "files": files,
-        "variants": {each.file.precision: each.as_dict() for each in variants},
-        "seconds": _rounded({**build.seconds, **first.seconds}),
-        "versions": {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__},
-    }
-
-
-def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {stage: round(taken, 3) for stage, taken in seconds.items()}

@@ -134,6 +134,8 @@ PRECISIONS = {
 
 def allowed_of(name: str, cache_dtype: str | None) -> Allowed:
     """What a precision may lose on held-out text, with a cache of this type."""
+    if name not in PRECISIONS:  # a file of somebody else's
+        return Allowed()
     own = PRECISIONS[name].allowed
     return _EIGHT if cache_dtype == "int8" and own in (_EXACT, _HALF) else own
 

@@ -212,6 +212,9 @@ def test_an_export_keeps_to_its_budget(root, monkeypatch):
     assert q4["quality"]["allowed"] == dataclasses.asdict(Allowed())
     written = json.loads((root / "edge" / "report.json").read_text())
     assert written["variants"]["q4"]["budget"] == told
+    card = (root / "edge" / "README.md").read_text()
+    assert "The matrices of `q4` were given formats for bytes=0.06MB: " in card
+    assert "](front_q4.svg)" in card
     picture = ElementTree.parse(root / "edge" / "front_q4.svg").getroot()
     assert len(picture.findall("{*}polyline")) == 1
     assert len(picture.findall("{*}circle")) == len(told["measured"]) + 1

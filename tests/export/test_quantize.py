@@ -21,7 +21,7 @@ from gptopt.export.precisions import (
     Precision,
     find_precisions,
 )
-from gptopt.export.quantize import dividing_block, quantize_graph
+from gptopt.export.quantize import dividing_block, matrix, products, quantize_graph
 from gptopt.export.targets import GROWING, ORT_CPU, PORTABLE
 from gptopt.export.write import save
 from gptopt.kernels.quantization import (
@@ -346,6 +346,20 @@ def test_a_tied_head_is_calibrated_too(tied):
         for given in (None, calibration)
     ]
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_weights_of_a_mapped_file_are_copied(tied):
+    _, graph = tied
+    copied = graph.clone()
+    for product in products(copied.graph):
+        array = product.weight.const_value.numpy()
+        array = np.ascontiguousarray(array if product.transposed else array.T)
+        array.flags.writeable = False
+        stored = array if product.transposed else array.T
+        product.weight.const_value = ir.Tensor(stored, name=product.weight.name)
+        found = matrix(product)  # PyTorch warns of arrays that may only be read
+        assert np.array_equal(found.numpy(), array)
+        found.add_(1)
 
 
 def test_dynamic_int8_in_float16_is_refused():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from gptopt.bench.inference_goals import reached
 from gptopt.bench.inference_models import make_gpt2
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.bench.machine import stamp
@@ -81,7 +82,7 @@ def inference(options: InferenceOptions) -> dict[str, Any]:
     """Prepare, compare what is said, and unless --check measure; write rows, table and chart.
 
     Returns:
-        contenders, agreement (of each), and if measured: summary, anchor, files.
+        contenders, agreement (of each), and if measured: summary, anchor, goals, files.
 
     Raises:
         UserError: no contender, an unknown one, or an environment that is not there.
@@ -262,7 +263,12 @@ def _measured(
     files = [path, write_table(out, rows, summary), write_chart(out, rows, summary)]
     if not options.json_output:
         say(files[1].read_text(encoding="utf-8"))
-    return {"anchor": anchor, "summary": summary, "files": [str(path) for path in files]}
+    return {
+        "anchor": anchor,
+        "summary": summary,
+        "goals": reached(rows, summary),
+        "files": [str(path) for path in files],
+    }
 
 
 def _write(file: TextIO, row: Row) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gptopt.bench.inference_goals import reached, table
+
 Row = dict[str, Any]
 
 PROBE = "memory read"
@@ -66,7 +68,7 @@ def _bytes_per_token(head: Row, load: Row, workload: str) -> float:
 
 
 def write_table(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
-    """inference.md: a row for each contender, a column for each workload."""
+    """inference.md: a row for each contender, a column for each workload; then the goals."""
     workloads = list(dict.fromkeys(line["workload"] for line in summary))
     contenders = list(dict.fromkeys(line["contender"] for line in summary))
     found = {(line["workload"], line["contender"]): line for line in summary}
@@ -94,6 +96,8 @@ def write_table(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
         told = same.get("same")
         cells.append("" if told is None else f"{told}/{same['tokens']}")
         text.append("| " + " | ".join(cells) + " |")
+    if goals := reached(rows, summary):
+        text += ["", *table(goals)]
     path = out / "inference.md"
     path.write_text("\n".join([*text, ""]), encoding="utf-8")
     return path

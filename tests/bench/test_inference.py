@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptopt.bench import inference as bench
+from gptopt.bench.inference_goals import reached, table
 from gptopt.bench.inference_models import make_gpt2, write_tokenizer
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.bench.processes import Worker, run_once, worker_command
@@ -215,3 +216,43 @@ def test_the_model_says_different_tokens_behind_different_texts(tmp_path):
     said = model(texts).logits[:, -1].argmax(-1)
     assert len(set(said.tolist())) > 8
     assert (said != texts[:, -1]).sum() > 12
+
+
+def goals_of(rates):
+    """The goals of a run in which contenders decoded so many tokens per second."""
+    rows = [{"anchor": "gptopt a q4"}]
+    for name in rates:
+        rows.append({"kind": "load", "contender": name, "disk_bytes": 85e6})
+        rows.append({"kind": "memory", "contender": name, "peak_mib": 200.0})
+    summary = [
+        {"workload": workload, "contender": name, "unit": "tokens/s", "value": rate}
+        for name, rate in rates.items()
+        for workload in ("decode 32+128", "decode 896+128")
+    ]
+    return {(g["goal"], g["workload"], g["over"]): g for g in reached(rows, summary)}
+
+
+def test_goals_name_the_preset_that_meets_them_and_what_is_missing():
+    found = goals_of({"gptopt a q4": 120.0, "gptopt b q4": 130.0, "llamacpp q4_0": 100.0})
+    short = found["q4 at equal quality", "decode 32+128", "llamacpp q4_0"]
+    assert (short["by"], short["value"], short["reached"]) == ("gptopt b q4", 1.3, True)
+    long = found["q4 at equal quality", "decode 896+128", "llamacpp q4_0"]
+    assert not long["reached"]
+    assert long["short_of"] == pytest.approx(1 - 1.3 / 1.4)
+    size = found["size of q4", "disk_mb", None]
+    assert (size["value"], size["reached"]) == (85.0, False)
+    assert found["memory of q4", "peak_mib", None]["reached"]
+    assert not [key for key in found if key[0].startswith(("q8", "fp32", "load"))]
+    assert "6% short" in table(list(found.values()))[-2]
+
+
+def test_goals_are_measured_against_the_fastest_peer_by_time_too():
+    rows = [{}, *({"kind": "load", "contender": name} for name in ("gptopt a q8", "openvino int4"))]
+    times = {"gptopt a q8": 100.0, "openvino int4": 80.0, "llamacpp q4_0": 210.0}
+    summary = [
+        {"workload": "prefill 512", "contender": name, "unit": "ms", "value": value}
+        for name, value in times.items()
+    ]
+    one, two = reached(rows, summary)
+    assert (one["over"], one["value"], one["reached"]) == ("openvino int4", 0.8, False)
+    assert (two["over"], two["value"], two["reached"]) == ("llamacpp q4_0", 2.1, True)

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from gptopt.config import LoopOptions
 from gptopt.errors import CheckFailed, UserError, first_line
@@ -76,7 +77,7 @@ class Group:
             return values
         numbers = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(numbers, how, group=self._group)
-        return numbers.tolist()  # type: ignore[no-any-return]
+        return numbers.tolist()
 
 
 @dataclass(frozen=True)
@@ -124,9 +125,9 @@ class World:
                     raise
         answer = self.patient.from_first(answer)
         if "error" in answer:
-            error = UserError(answer["error"])
-            error.exit_code = answer["exit_code"]
-            raise error
+            met = UserError(answer["error"])
+            met.exit_code = answer["exit_code"]
+            raise met
         return answer["value"]  # type: ignore[no-any-return]
 
     def sum(self, value: Tensor) -> Tensor:
@@ -261,24 +262,25 @@ def join_world(options: LoopOptions) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _store(launch: Launch, timeout: timedelta) -> dist.Store:
+def _store(launch: Launch, timeout: timedelta) -> Store:
     try:
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        found, _, _ = next(rendezvous("env://", timeout=timeout))
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"rank {launch.rank} of {launch.size} cannot reach the others ({first_line(error)});"
             f" start all of them with torchrun"
         ) from None
-    return store  # type: ignore[no-any-return]
+    store: Store = found
+    return store
 
 
-def _connect(launch: Launch, store: dist.Store, device: torch.device, timeout: timedelta) -> None:
+def _connect(launch: Launch, store: Store, device: torch.device, timeout: timedelta) -> None:
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("gptopt", store),
+        store=PrefixStore("gptopt", store),
         rank=launch.rank,
         world_size=launch.size,
         timeout=timeout,
@@ -296,7 +298,7 @@ def _is_loss(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text
 
 
-def _tell_once(store: dist.Store, error: UserError) -> None:
+def _tell_once(store: Store, error: UserError) -> None:
     """Leave quietly where another rank has claimed this line."""
     try:
         claims = store.add(f"told/{error}", 1)

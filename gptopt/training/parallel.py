@@ -71,7 +71,7 @@ def replicate(model: GPT, world: World) -> nn.Module:
 def reducing(module: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
     """Around one micro-batch: gradients cross the ranks with the last one of a step only."""
     if hasattr(module, "no_sync"):
-        return contextlib.nullcontext() if now else module.no_sync()  # type: ignore[no-any-return, operator]
+        return contextlib.nullcontext() if now else module.no_sync()  # type: ignore[operator]
     if hasattr(module, "set_requires_gradient_sync"):
         module.set_requires_gradient_sync(now)  # type: ignore[operator]
     return contextlib.nullcontext()
@@ -93,7 +93,7 @@ def checkpoint_activations(model: GPT) -> None:
     Source: Chen et al. 2016, arXiv:1604.06174.
     """
     for block in model.blocks:
-        block.forward = functools.partial(  # type: ignore[method-assign]
+        block.forward = functools.partial(
             checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
         )
 
@@ -106,10 +106,10 @@ def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that ranks hold in parts, gathered; any other as it is. All ranks must call it."""
     full = getattr(tensor, "full_tensor", None)
-    return tensor if full is None else full()  # type: ignore[no-any-return]
+    return tensor if full is None else full()
 
 
 def part_of(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; all of it where it is not shared out."""
     local = getattr(tensor, "to_local", None)
-    return tensor if local is None else local()  # type: ignore[no-any-return]
+    return tensor if local is None else local()

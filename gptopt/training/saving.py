@@ -159,12 +159,13 @@ def _lead(session: "Session", snapshot: Snapshot) -> None:
             session.write(folder, snapshot)
         except BaseException as error:  # raised when the others have answered
             failed = error
-        answers = group.all(["", {}])
+        nothing: list[Any] = ["", {}]
+        answers = group.all(nothing)
         if failed is not None:
             raise failed
-        for rank, (error, _) in enumerate(answers):
-            if error:
-                raise UserError(f"{folder.name}: rank {rank} cannot write its part ({error})")
+        for rank, (reason, _) in enumerate(answers):
+            if reason:
+                raise UserError(f"{folder.name}: rank {rank} cannot write its part ({reason})")
         return {name: entry for _, files in answers for name, entry in files.items()}
 
     outcome = "rank 0 could not write the checkpoint"

@@ -243,7 +243,8 @@ def _restore_masters(model: GPT, moments: dict[str, Tensor]) -> None:
 def _moments(session: Session, checkpoint: Path) -> dict[str, Tensor]:
     """Whole or in parts, as this session's model is, however they were saved."""
     if (checkpoint / OPTIMISER).is_file() and not session.world.sharded:
-        return load_file(checkpoint / OPTIMISER)  # on the CPU, freed after use
+        tensors: dict[str, Tensor] = load_file(checkpoint / OPTIMISER)
+        return tensors  # on the CPU, freed after use
     reader = ShardReader(checkpoint, Path(OPTIMISER).stem)
     targets = empty_optimiser_tensors(session.model, reader.shapes)
     load_sharded(reader, targets, session.world.control)

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -25,6 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -43,7 +45,7 @@ class Place(NamedTuple):
     key: str
 
 
-class ShardWriter(StorageWriter):  # type: ignore[misc]
+class ShardWriter(StorageWriter):
     """Collects what this rank has to write; putting it on the disk is the caller's, at any time.
 
     Args:
@@ -104,6 +106,7 @@ class ShardWriter(StorageWriter):  # type: ignore[misc]
                   for part in results for r in part}  # fmt: skip
         tensors = {}
         for name, entry in metadata.state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)
             parts = []
             for chunk in entry.chunks:
                 place = places.get((name, tuple(chunk.offsets))) or places[name, ()]
@@ -125,7 +128,7 @@ class ShardWriter(StorageWriter):  # type: ignore[misc]
         return False
 
 
-class ShardReader(StorageReader):  # type: ignore[misc]
+class ShardReader(StorageReader):
     """Reads what ShardWriter collected, or one plain safetensors file, as if sharded over one rank.
 
     Args:
@@ -147,7 +150,8 @@ class ShardReader(StorageReader):  # type: ignore[misc]
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The index, as torch wants it."""
-        tensors, places = {}, {}
+        tensors: dict[str, STORAGE_TYPES] = {}
+        places = {}
         for name, entry in self._table.items():
             chunks = []
             for part in entry["parts"]:
@@ -203,7 +207,7 @@ def index_name(name: str) -> str:
 
 def save_sharded(writer: ShardWriter, tensors: dict[str, Tensor], group: Group) -> None:
     """Let every rank's writer collect its parts; all ranks must call it."""
-    dcp.save(tensors, storage_writer=writer, process_group=group.process_group)
+    save(tensors, storage_writer=writer, process_group=group.process_group)
 
 
 def load_sharded(reader: ShardReader, tensors: dict[str, Tensor], group: Group) -> None:
@@ -212,7 +216,7 @@ def load_sharded(reader: ShardReader, tensors: dict[str, Tensor], group: Group) 
     with warnings.catch_warnings():
         # It tells what was asked for: that one process reads alone.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, process_group=group.process_group, no_dist=alone)
+        load(tensors, storage_reader=reader, process_group=group.process_group, no_dist=alone)
 
 
 def _key(name: str, offsets: Sequence[int]) -> str:

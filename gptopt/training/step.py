@@ -60,7 +60,7 @@ class Stepper:
         self._one = torch.ones((), device=session.device)
         self._unread: list[tuple[int, list[list[int]], Tensor]] = []
 
-    def step(self, seconds: float, between: Callable[[], None] = lambda: None) -> None:
+    def step(self, seconds: float, between: Callable[[], object] = lambda: None) -> None:
         """One optimiser step.
 
         Args:

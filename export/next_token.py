@@ -134,7 +134,8 @@ def _sample(graph: _Writer, scores: ir.Value, position: ir.Value) -> ir.Value:
     scores = graph("Add", scores, graph("Mul", noise, temperature))
     scores = graph("Where", graph("Less", before, top_p), scores, np.float32(_LOWEST))
     best = graph("ArgMax", scores, axis=2, keepdims=1)
-    return graph("Squeeze", graph("GatherElements", tokens, best, axis=2), _ints(2))
+    chosen: ir.Value = graph("Squeeze", graph("GatherElements", tokens, best, axis=2), _ints(2))
+    return chosen
 
 
 def _counted(graph: _Writer, seed: Any, position: Any, tokens: Any) -> Any:

@@ -25,8 +25,8 @@ def obstacle(program: ExportedProgram) -> str | None:
         if node.target is not attention:
             continue
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-        past = [given.get(name) for name in _PAST]
-        if any(each is None for each in past):
+        past = [each for name in _PAST if isinstance(each := given.get(name), Node)]
+        if len(past) < len(_PAST):
             return "an attention has no cache"
         if given.get("key_mask") is None:
             return "an attention does not read the mask, which tells how long the text is"

@@ -74,7 +74,7 @@ def rewrite(model: ir.Model, found: Match) -> None:
 
 def _tables(model: ir.Model, rotary: ir.Node) -> tuple[ir.Value, ir.Value] | None:
     """Cosines and sines (M, R) as initializers, one pair for all layers that share their angles."""
-    key = (BLOCK_SIZE, rotary.inputs[2], rotary.inputs[3])
+    key = "rotary of " + " ".join(value.name or "" for value in rotary.inputs[1:4] if value)
     if key not in model.graph.meta:
         arrays = _computed(model, rotary, int(model.graph.meta[BLOCK_SIZE]))
         model.graph.meta[key] = arrays and tuple(

@@ -3,12 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from gptopt.errors import UserError
 
 _FORM = re.compile(r"\s*(ppl|bytes|tokens/s)\s*=\s*([0-9]*\.?[0-9]+)\s*(%|[KMG]B)?\s*")
 _UNITS = {None: 1.0, "KB": 1e3, "MB": 1e6, "GB": 1e9, "%": 0.01}
+
+
+Kind = Literal["ppl", "bytes", "tokens/s"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +24,7 @@ class Budget:
         limit: the number.
     """
 
-    kind: Literal["ppl", "bytes", "tokens/s"]
+    kind: Kind
     limit: float
 
     def __str__(self) -> str:
@@ -47,5 +50,5 @@ def parse_budget(text: str) -> Budget:
         units = {"ppl": ("%",), "bytes": (None, "KB", "MB", "GB"), "tokens/s": (None,)}[kind]
         value = float(number) * _UNITS[unit]
         if unit in units and value > 0 and math.isfinite(value):
-            return Budget(kind, value)
+            return Budget(cast(Kind, kind), value)
     raise UserError(f"--budget {text!r}: expected one of ppl=1%, bytes=80MB, tokens/s=300")

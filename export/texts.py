@@ -43,7 +43,8 @@ def split(ids: Sequence[int]) -> tuple[list[int], list[int]]:
     """
     stretch = max(len(ids) // _STRETCHES, 1)
     starts = range(0, stretch * _STRETCHES, stretch)
-    used, held = [], []
+    used: list[int] = []
+    held: list[int] = []
     for number, start in enumerate(starts, 1):
         end = len(ids) if number == _STRETCHES else start + stretch
         cut = start + (end - start) * 3 // 4

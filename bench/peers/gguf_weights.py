@@ -33,8 +33,9 @@ def write(source: Path, out: Path, variant: str) -> dict[str, Any]:
     numpy_files: Any = importlib.import_module("safetensors.numpy")
     made = out.with_name(f"llamacpp-{variant}")
     peer.prepare(source, made, variant)
-    weights, types, size = {}, {}, 0
-    prefix = ""
+    weights: dict[str, Any] = {}
+    types: dict[str, int] = {}
+    size, prefix = 0, ""
     for name in numpy_files.load_file(source / "model.safetensors"):
         prefix = "transformer." if name.startswith("transformer.") else prefix
     for tensor in gguf.GGUFReader(made / "model.gguf").tensors:

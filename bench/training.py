@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -35,12 +34,14 @@ from gptopt.bench.timing import (
 )
 from gptopt.config import PRESETS, ModelConfig, TrainOptions
 from gptopt.config_machine import BenchOptions
-from gptopt.data import Dataset, Sampler
+from gptopt.data import Sampler, TokenSplit
 from gptopt.errors import CheckFailed
 from gptopt.model import GPT
 from gptopt.training.checkpoints import Checkpoints
 from gptopt.training.hardware import flops_per_token, synchronise
 from gptopt.training.optimiser import build_optimiser
+from gptopt.training.prefetch import Prefetched
+from gptopt.training.pretraining import Blocks, NextToken
 from gptopt.training.schedule import Schedule
 from gptopt.training.session import Session
 from gptopt.training.state import TrainState
@@ -308,16 +309,18 @@ def _own(
     )  # fmt: skip
     model = _model(chosen, kernels).to(device).train()
     tokens = _tokens(chosen)
+    sampler = Sampler(len(tokens), chosen.model.block_size, chosen.batch_size, options.seed)
+    blocks = Blocks(cast(TokenSplit, tokens), sampler, chosen.model.block_size)
     session = Session(
         options=options,
         out=Path("nowhere"),
         device=device,
         dtype=dtype,
-        dataset=cast(Dataset, SimpleNamespace(train=tokens)),
+        objective=NextToken(options),
         model=model,
         optimiser=build_optimiser(model, options),
         scaler=None,
-        sampler=Sampler(len(tokens), chosen.model.block_size, chosen.batch_size, options.seed),
+        batches=Prefetched(blocks, 1),
         dropout=torch.Generator().manual_seed(0),
         schedule=Schedule(options),
         state=TrainState(),

@@ -36,6 +36,7 @@ class Target:
         provider: onnxruntime's name of the provider whose kernels must cover every node.
         largest_bytes: what one file may have, its weights beside it included, to be loaded at all.
         lookups: whether rows of quantised tables come from com.microsoft.GatherBlockQuantized.
+        softcap: whether every kernel of GroupQueryAttention caps scores where it is told to.
         angles: whether cosines and sines of positions are computed, or looked up.
         cache: "shared": a runtime may bind one buffer as past and present, longer than the text;
             "static": it must.
@@ -54,6 +55,7 @@ class Target:
     provider: str = "CPUExecutionProvider"
     largest_bytes: int | None = None
     lookups: Literal["microsoft", "primitives"] = "microsoft"
+    softcap: bool = True
     angles: Literal["computed", "tables"] = "computed"
     cache: Literal["shared", "static", "growing"] = "growing"
     padding: Literal["any", "right"] = "any"
@@ -93,7 +95,7 @@ ORT_CUDA = replace(
 # WebAssembly addresses 4 GiB, and holds the weights twice: as they were read, and packed.
 WEB = replace(
     PORTABLE, name="web", lookups="primitives", precisions=("fp32", "fp16", "q8", "q4", "q4f16"),
-    angles="tables", largest_bytes=2**31,
+    softcap=False, angles="tables", largest_bytes=2**31,
 )  # fmt: skip
 STANDARD = Target(
     name="standard", opset=24, attention="scatter", operators="standard", rules=("last_token",),

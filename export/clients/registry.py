@@ -73,13 +73,17 @@ _CLIENTS = (
     Client("openvino", _IDS, _python("openvino", "openvino_python.py")),
     Client("onnxruntime-node", _IDS, _node("onnxruntime")),
     Client("onnxruntime-web", _IDS, _browser("onnxruntime", "wasm")),
-    Client("onnxruntime-webgpu", _IDS, _browser("onnxruntime", "webgpu")),
     Client("transformers.js", _TJS, _node("transformers")),
     Client("transformers.js-web", _TJS, _browser("transformers", "wasm")),
+)
+_GPU = (
+    Client("onnxruntime-webgpu", _IDS, _browser("onnxruntime", "webgpu")),
     Client("transformers.js-webgpu", _TJS, _browser("transformers", "webgpu")),
 )
 _CPP = Client("onnxruntime-cpp", _IDS, _cpp)
-CLIENTS = {client.name: client for client in (*_CLIENTS, _CPP)}
+CLIENTS = {client.name: client for client in (*_CLIENTS, *_GPU, _CPP)}
+WEBGPU = tuple(client.name for client in _GPU)
+"""Those that compute on a GPU, or in software as one would: for --target web."""
 INSTALLABLE = tuple(client.name for client in _CLIENTS)
 """Those whose parts a registry of packages carries: what "all" means."""
 

@@ -41,9 +41,11 @@ def table(target: Target) -> Table:
 
 def fit(program: ExportedProgram, target: Target, notes: Notes) -> Target:
     """The target as this model can use it: without an operator, or a cache, that refuses it."""
-    if target.attention == "gqa" and (reason := gqa.obstacle(program)) is not None:
-        notes.add("lower", "attention", "the standard Attention operator", reason)
-        return target.growing()
+    if target.attention == "gqa":
+        reason = gqa.obstacle(program, softcap=target.softcap)
+        if reason is not None:
+            notes.add("lower", "attention", "the standard Attention operator", reason)
+            return target.growing()
     if target.attention == "scatter" and (reason := scatter.obstacle(program)) is not None:
         notes.add("lower", "cache", "no static cache", reason)
         return target.growing()

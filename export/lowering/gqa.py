@@ -17,25 +17,31 @@ from gptopt.export.lowering.mask import Call, bias, compact_alibi
 from gptopt.export.lowering.ops import INT32, INT64, Value, group_query_attention, ints, op, size
 
 
-def obstacle(program: ExportedProgram) -> str | None:
+def obstacle(program: ExportedProgram, *, softcap: bool = True) -> str | None:
     """Why GroupQueryAttention cannot run a model as a whole; None where it can.
 
     All layers take one form: they share the mask, and a cache that is padded in one way.
+
+    Args:
+        program: the recorded model.
+        softcap: whether the kernels cap scores. WebGPU's do not, and say nothing.
     """
     for node in program.graph.nodes:
         if node.target is torch.ops.gptopt.attention.default:
-            reason = _refusal(node)
+            reason = _refusal(node, softcap)
             if reason is not None:
                 return reason
     return None
 
 
-def _refusal(node: Node) -> str | None:
+def _refusal(node: Node, softcap: bool) -> str | None:
     names = [argument.name for argument in torch.ops.gptopt.attention.default._schema.arguments]
     given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     D = given["q"].meta["val"].shape[3]
     if not given.get("causal", True):
         return "GroupQueryAttention on the CPU is causal"
+    if given.get("softcap") is not None and not softcap:
+        return "GroupQueryAttention on WebGPU does not cap its scores"
     if given.get("past_k") is None:
         return "an attention has no cache"
     if given.get("key_mask") is None:

@@ -19,10 +19,9 @@ from gptopt.export.write import save
 LLAMA = {
     "position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 2, "bias": False,
 }  # fmt: skip
-# Of these, each failed its proof by 1 to 26 % when a case was held to its own rounding errors.
+# The first three failed by 1 to 23 % when each case was held to its own rounding errors alone.
 MODELS = [
-    (LLAMA, 1), (LLAMA, 2), ({"activation": "relu2", "norm_position": "post"}, 0),
-    ({"activation": "relu2", "norm_position": "post"}, 2), ({"activation": "relu2"}, 1),
+    (LLAMA, 1), ({"activation": "relu2", "norm_position": "post"}, 2), ({"activation": "relu2"}, 1),
     ({**LLAMA, "attn_softcap": 20.0, "logit_softcap": 30.0, "window": 9}, 0),
     ({"norm_position": "sandwich", "qk_norm": True}, 4),
 ]  # fmt: skip

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+INDEX = ".index.json"  # behind the name of a file whose tensors lie in parts
 Keep = Callable[[str, Tensor], Tensor]  # a tensor under its name -> what is written of it
 
 

@@ -37,9 +37,8 @@ from gptopt.training.parallel import checkpoint_activations, gather_no_more, sha
 from gptopt.training.prefetch import Prefetched
 from gptopt.training.resume import fixed_choices, refuse_changes
 from gptopt.training.rounding import MASTER, Rounding
-from gptopt.training.saving import Keep, Saver, Snapshot
+from gptopt.training.saving import INDEX, Keep, Saver, Snapshot
 from gptopt.training.schedule import Schedule
-from gptopt.training.sharded import ShardReader, ShardWriter, index_name, load_sharded, save_sharded
 from gptopt.training.state import (
     TrainState,
     capture_state,
@@ -110,7 +109,9 @@ class Session:
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
         assert len(moments) == len(SLOTS) * len(self.optimiser.state)
         if self.world.sharded:
-            writer = ShardWriter(Path(OPTIMISER).stem, keep)
+            from gptopt.training.sharded import ShardWriter, save_sharded
+
+            writer = ShardWriter(OPTIMISER, keep)
             save_sharded(writer, moments, self.world.control)
             moments, name, index = writer.tensors, writer.file, writer.index
         else:
@@ -129,7 +130,7 @@ class Session:
         save_model(folder, self.model, self.objective.tokenizer, state=snapshot.weights)
         write_state(folder, snapshot.state)
         if snapshot.moments_index is not None:
-            write_json(folder / index_name(Path(OPTIMISER).stem), snapshot.moments_index)
+            write_json(folder / f"{OPTIMISER}{INDEX}", snapshot.moments_index)
 
 
 def open_session(
@@ -245,7 +246,10 @@ def _moments(session: Session, checkpoint: Path) -> dict[str, Tensor]:
     if (checkpoint / OPTIMISER).is_file() and not session.world.sharded:
         tensors: dict[str, Tensor] = load_file(checkpoint / OPTIMISER)
         return tensors  # on the CPU, freed after use
-    reader = ShardReader(checkpoint, Path(OPTIMISER).stem)
+    # Imported here alone: it takes torch as long as all else together.
+    from gptopt.training.sharded import ShardReader, load_sharded
+
+    reader = ShardReader(checkpoint, OPTIMISER)
     targets = empty_optimiser_tensors(session.model, reader.shapes)
     load_sharded(reader, targets, session.world.control)
     return targets

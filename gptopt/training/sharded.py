@@ -33,6 +33,7 @@ from torch.futures import Future
 from gptopt.errors import CheckFailed
 from gptopt.manifest import read_json
 from gptopt.training.distributed import Group
+from gptopt.training.saving import INDEX
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -49,7 +50,7 @@ class ShardWriter(StorageWriter):
     """Collects what this rank has to write; putting it on the disk is the caller's, at any time.
 
     Args:
-        name: of the files, `{name}-00001-of-00002.safetensors` and so on.
+        name: of the file they stand for: x.safetensors is x-00001-of-00002.safetensors and so on.
         host: makes the copy of a tensor, under its key, that outlives the next step.
 
     Attributes:
@@ -76,10 +77,8 @@ class ShardWriter(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Tell each rank its file."""
-        names = [
-            f"{self._name}-{rank:05d}-of-{len(plans):05d}.safetensors"
-            for rank in range(1, len(plans) + 1)
-        ]
+        stem, count = Path(self._name).stem, len(plans)
+        names = [f"{stem}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
         return [
             dataclasses.replace(plan, storage_data=name)
             for plan, name in zip(plans, names, strict=True)
@@ -133,7 +132,7 @@ class ShardReader(StorageReader):
 
     Args:
         folder: verified by its manifest before.
-        name: of the files.
+        name: of the file, whole or in parts.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -200,11 +199,6 @@ class ShardReader(StorageReader):
         return False
 
 
-def index_name(name: str) -> str:
-    """The file that says where parts lie."""
-    return f"{name}.safetensors.index.json"
-
-
 def save_sharded(writer: ShardWriter, tensors: dict[str, Tensor], group: Group) -> None:
     """Let every rank's writer collect its parts; all ranks must call it."""
     save(tensors, storage_writer=writer, process_group=group.process_group)
@@ -226,7 +220,7 @@ def _key(name: str, offsets: Sequence[int]) -> str:
 
 def _table(folder: Path, name: str) -> dict[str, Any]:
     """For every tensor dtype, shape and parts."""
-    index, plain = folder / index_name(name), folder / f"{name}.safetensors"
+    index, plain = folder / f"{name}{INDEX}", folder / name
     if not index.is_file():
         return dict(_as_parts(plain))
     table = read_json(index).get("tensors")

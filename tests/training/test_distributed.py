@@ -113,7 +113,7 @@ def test_two_ranks_train_as_one_with_the_same_global_batch(
 
 def moments(folder):
     """Every moment of a checkpoint, whole."""
-    reader = ShardReader(folder, "optimizer")
+    reader = ShardReader(folder, "optimizer.safetensors")
     tensors = {name: torch.zeros(shape) for name, shape in reader.shapes.items()}
     load_sharded(reader, tensors, Group())
     return tensors
@@ -313,7 +313,7 @@ def test_an_index_that_does_not_cover_its_tensors_is_refused(tmp_path):
         index = {"format": 1, "tensors": {"w": entry | change}}
         (tmp_path / "optimizer.safetensors.index.json").write_text(json.dumps(index))
         with pytest.raises(CheckFailed, match="not an index this version can read"):
-            ShardReader(tmp_path, "optimizer")
+            ShardReader(tmp_path, "optimizer.safetensors")
 
 
 # --- under torchrun -------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from gptopt.runtime.session import KEEP, Session
 # leave the processor's cache. Of GPT-2 in 4 bits, 512 tokens took one core 486 ms at once, 430 ms
 # in parts of 256, and with an int8 cache, whose attention is not tiled, 852, 726 and (128) 622 ms.
 _PART, _PART_INT8 = 256, 128
+_COLUMNS = 128  # a step's mask grows by so many
 
 
 class SharedCache(Cache):
@@ -38,10 +39,11 @@ class SharedCache(Cache):
         itemsize = np.dtype(session.cache_dtype).itemsize
         self._part = _PART_INT8 if session.file.cache_dtype == "int8" else _PART
         self._row_bytes = K * capacity * D * itemsize
-        self._bindings: dict[tuple[int, int], _Bound] = {}
+        self._bindings: dict[tuple[int, int, bool], _Bound] = {}
         self._places = np.arange(capacity, dtype=np.int64)
         self._every = np.arange(rows)
         self._flat = np.zeros(rows * capacity, dtype=np.int64)  # the mask as it is fed
+        self._fed = -1  # tokens that it says the one row has
         self._one_id = np.zeros((rows, 1), dtype=np.int64)
         self._one_position = np.zeros((rows, 1), dtype=np.int64)
         self._scores = np.zeros((rows, 1, session.vocab_size), session.logits_dtype)
@@ -49,6 +51,41 @@ class SharedCache(Cache):
     def step(self, ids: Ints, live: Bools) -> Floats:
         """See Cache.step. No array of the cache's size, or the scores', is made or copied."""
         self._hold_adapter()
+        if self.packed and self.rows == 1 and live[0] and self._columns < self.capacity:
+            S = self._place_alone(int(ids[0]))
+        else:
+            S = self._place(ids, live)
+        bound = self._bound(0, self.rows, step=True)
+        if bound.columns != S or self.session.device != "cpu":
+            bound.columns = S
+            bound.feed("input_ids", self._one_id)
+            bound.feed("position_ids", self._one_position)
+            bound.feed("attention_mask", self._flat[: self.rows * S].reshape(self.rows, S))
+            bound.scores(self._scores)
+        bound.run()
+        self.session.count_step()
+        return self._scores[:, 0].astype(np.float32, copy=False)
+
+    def _place_alone(self, id_: int) -> int:
+        """`_place` of the next token of one packed row.
+
+        A token's weights push all else out of the processor's caches: what Python touches, it waits
+        for, and a few array operations cost as much as a layer.
+        """
+        place = self._columns
+        self._mask[0, place] = 1
+        self._ids[0, place] = self._one_id[0, 0] = id_
+        self._one_position[0, 0] = place
+        self._columns = self._lengths[0] = place + 1
+        if self._fed != place:
+            return self._fill_mask(place)
+        self._flat[place] = 1
+        self._fed = place + 1
+        return self._rounded(place + 1)
+
+    def _place(self, ids: Ints, live: Bools) -> int:
+        """Note a token of each row, and make ids, positions and mask of the step; its columns."""
+        self._fed = -1
         if self.packed:
             S = self._place_right(ids, live)
         else:
@@ -62,14 +99,20 @@ class SharedCache(Cache):
         self._one_id[:, 0] = ids
         np.minimum(self._lengths, self.capacity - 1, out=self._one_position[:, 0])
         self._lengths += live
-        bound = self._bound(0, self.rows)
-        bound.feed("input_ids", self._one_id)
-        bound.feed("position_ids", self._one_position)
-        bound.feed("attention_mask", self._flat[: self.rows * S].reshape(self.rows, S))
-        bound.scores(self._scores)
-        bound.run()
-        self.session.count_step()
-        return self._scores[:, 0].astype(np.float32, copy=False)
+        return S
+
+    def _rounded(self, columns: int) -> int:
+        """Columns of a packed mask: a few more, all masked, so that it is seldom bound anew."""
+        return min(-(-columns // _COLUMNS) * _COLUMNS, self.capacity)
+
+    def _fill_mask(self, last: Any) -> int:
+        """Make a packed mask of the tokens up to place `last`, a number or (B, 1); its columns."""
+        S = self._rounded(int(np.max(last)) + 1)
+        fed = self._flat[: self.rows * S].reshape(self.rows, S)
+        np.less_equal(self._places[:S], last, out=fed, casting="unsafe")
+        self._flat[self.rows * S :] = 0
+        self._fed = int(np.max(last)) + 1 if self.rows == 1 else -1
+        return S
 
     def _place_right(self, ids: Ints, live: Bools) -> int:
         """Note the tokens at the end of each row, and fill the mask; its columns.
@@ -83,11 +126,8 @@ class SharedCache(Cache):
         self._lengths = np.where(live, self._lengths, place)
         self._mask[self._every, place] = live
         self._ids[self._every, place] = ids
-        S = int(place.max()) + 1
-        fed = self._flat[: self.rows * S].reshape(self.rows, S)
-        np.less_equal(self._places[:S], place[:, None], out=fed, casting="unsafe")
         self._columns = max(int((place + live).max()), 0)
-        return S
+        return self._fill_mask(place[:, None])
 
     def read(self, texts: Sequence[Sequence[int]]) -> Floats:
         """See Cache.read."""
@@ -188,15 +228,14 @@ class SharedCache(Cache):
         bound.run()
         return scores.astype(np.float32, copy=False)
 
-    def _bound(self, row: int, rows: int) -> "_Bound":
-        bound = self._bindings.get((row, rows))
+    def _bound(self, row: int, rows: int, *, step: bool = False) -> "_Bound":
+        """The binding of some rows; steps have one of their own, in which little changes."""
+        bound = self._bindings.get((row, rows, step))
         if bound is None or bound.adapter is not self.session.adapter:
-            self._bindings[row, rows] = _Bound(
-                self.session,
-                self._addresses(row),
-                (rows, self.session.cache_shape[0], self.capacity, self.session.cache_shape[1]),
-            )
-        return self._bindings[row, rows]
+            K, D = self.session.cache_shape
+            bound = _Bound(self.session, self._addresses(row), (rows, K, self.capacity, D))
+            self._bindings[row, rows, step] = bound
+        return bound
 
     def _addresses(self, row: int) -> list[int]:
         layer = self.rows * self._row_bytes
@@ -231,6 +270,7 @@ class _Bound:
         self._binding = session.new_binding()
         self._fixed: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._kept = 0
+        self.columns = 0  # of the mask that is bound
         dtype, device = session.cache_dtype, session.device
         for past, present, address in zip(session.past, session.present, addresses, strict=True):
             self._binding.bind_input(past, device, 0, dtype, shape, address)

@@ -250,12 +250,12 @@ def test_tiled_attention_is_off_for_int8_only(build_folder, monkeypatch):
 
 
 def test_a_token_binds_only_small_inputs(models, monkeypatch):
-    """Per token neither the cache nor the scores are bound, made or copied again."""
+    """Per token nothing is bound, made or copied again, until the mask has to grow."""
     model = models["right"]
     cache = model.new_cache(1)
     cache.read([[1, 2, 3]])
     cache.step(np.array([1]), np.ones(1, np.bool_))
-    binding = cache._bindings[0, 1]._binding
+    binding = cache._bindings[0, 1, True]._binding
     bound = []
     real = binding.bind_input
     monkeypatch.setattr(binding, "bind_input", lambda n, *a: bound.append(n) or real(n, *a))
@@ -263,8 +263,22 @@ def test_a_token_binds_only_small_inputs(models, monkeypatch):
     monkeypatch.setattr(Session, "new_binding", lambda self: bound.append("binding"))
     one = cache.step(np.array([2]), np.ones(1, np.bool_))
     two = cache.step(np.array([3]), np.ones(1, np.bool_))
-    assert bound == ["attention_mask"] * 2
+    assert bound == []
     assert np.shares_memory(one, two)
+
+
+@pytest.mark.parametrize("name", ["right", "keepright", "kv8"])
+def test_a_text_grows_beyond_its_mask_and_back(models, name, monkeypatch):
+    monkeypatch.setattr("gptopt.runtime.shared._COLUMNS", 4)
+    text = np.random.default_rng(11).integers(0, 250, size=15).tolist()
+    cache, live = models[name].new_cache(), np.ones(1, np.bool_)
+    cache.read([text[:2]])
+    for back in (3, 9, 0):
+        for token in text[cache.columns :]:
+            last = cache.step(np.array([token]), live).copy()
+        budget = 0.1 if name == "kv8" else BUDGET
+        np.testing.assert_allclose(last, expected(models, [text]), atol=budget)
+        cache.rewind(back)
 
 
 @pytest.mark.parametrize("name", ["any", "right", "last", "keep"])

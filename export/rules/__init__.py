@@ -21,7 +21,7 @@ RULES: dict[str, Rule] = {
         skip_layernorm.RULE,
         bias_gelu.RULE,
         last_token.RULE,
-    )  # fmt: skip
+    )
 }
 
 

@@ -31,6 +31,7 @@ from gptopt.export.card import model_card
 from gptopt.export.folder import GraphFile, write_configs
 from gptopt.export.front import front_svg
 from gptopt.export.lookups import unfold_lookups
+from gptopt.export.mobile import check_size, write_mobile
 from gptopt.export.next_token import Tokens, add_next_token
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.precisions import PRECISIONS, Allowed, BlockFormat, Precision, allowed_of
@@ -71,6 +72,7 @@ class Plan:
         held_out: a text that every file is measured on.
         int8_cache: keep keys and values in int8; needs a calibration.
         tokens: how the graph itself chooses the next token, an output beside the scores.
+        mobile: write .ort files for phones too.
         keep_stages: folder that receives the graph of every stage.
         budget: chooses the format of each matrix of the precisions that are kept in blocks; needs
             a calibration and a held-out text.
@@ -85,6 +87,7 @@ class Plan:
     keep_stages: Path | None = None
     budget: Budget | None = None
     adapters: Sequence[NamedAdapter] = ()
+    mobile: bool = False
 
 
 @dataclass(slots=True)
@@ -158,8 +161,9 @@ def export_model(
         names = [each.name for each in plan.adapters]
         write_configs(staging, config, tokenizer, target.name, files, names)
         if labels_of(config) is None:
-            write_samples(staging)
-        report = report_of(staging, model, build, variants)
+            write_samples(staging, phones=plan.mobile)
+        mobile = write_mobile(staging, [each.facts for each in files]) if plan.mobile else None
+        report = {**report_of(staging, model, build, variants), "mobile": mobile}
         write_json(staging / REPORT, report)
         card = model_card(config, report, tokenizer=tokenizer is not None)
         write_text(staging / "README.md", card)
@@ -227,6 +231,8 @@ class _Maker:
             build.done("search")
         graph, file = self._write(precision, build)
         tell_size(build.target, self.folder / file.facts.file, build.notes)
+        if self.plan.mobile:
+            check_size(self.folder / file.facts.file)
         path, target = file.facts.file, build.target
         logger.info("%s: %d nodes, now the proof", path, graph.graph.num_nodes())
         proof = prove(

@@ -15,6 +15,7 @@ from gptopt.export.calibration import Calibration
 from gptopt.export.card import proof_table, quality_line
 from gptopt.export.clients import Client, check_clients, client_table, find_clients
 from gptopt.export.package import REPORT, Common, Plan, export_model
+from gptopt.export.mobile import check_target
 from gptopt.export.precisions import (
     Allowed,
     BlockFormat,
@@ -54,6 +55,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     for target in targets:
         check_precisions(target, [each.name for each in precisions])
     out = Path(options.out)
+        if options.ort_mobile:
+            check_target(target)
     folders = {each.name: out / each.name if len(targets) > 1 else out for each in targets}
     for folder in folders.values():  # before a large model is read
         if (folder.exists() or folder.is_symlink()) and not options.force:
@@ -106,6 +109,7 @@ def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precisio
         precisions, calibration, held_out, options.cache == "int8", options.tokens, keep,
         budget=budget, adapters=adapters,
     )  # fmt: skip
+        mobile=options.ort_mobile,
 
 
 def _merged(model: str, checkpoint: str) -> LoadedModel:

@@ -51,6 +51,11 @@ class ExportOptions(Options):
         description="let the graph choose the next token too, as an output beside the scores: the "
         "likeliest, or drawn by its inputs seed, temperature, top_k and top_p",
     )
+    ort_mobile: bool = Field(
+        False,
+        description="for phones: .ort files, the operators that a reduced onnxruntime needs, and "
+        "samples in Kotlin and Swift",
+    )
     keep_stages: str | None = Field(
         None, description="folder that receives the graph of every stage"
     )

@@ -27,7 +27,8 @@ from gptopt.tokenizer import Tokenizer
 KIND = "edge"
 
 _MIB = 2**20
-_FOLDERS = ("onnx", "samples")
+_FOLDERS = ("onnx", "samples", "mobile")
+_FOR_ONE = ("onnx/", "mobile/")  # files that only one precision, or only a phone, reads
 # Names an export may write -> the largest size of each in bytes.
 _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"(config|generation_config|genai_config|tokenizer_config)\.json"), 16 * _MIB),
@@ -38,7 +39,10 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx_data"), 2**38),
     (re.compile(r"onnx/[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.onnx_adapter"), 2**31),
     # Programs for people to read; nothing here opens them but to hash their bytes.
-    (re.compile(r"samples/(run\.(py|mjs|cpp)|index\.html)"), _MIB),
+    (re.compile(r"samples/(run\.(py|mjs|cpp)|index\.html|Generate\.(kt|swift))"), _MIB),
+    # For phones, which have their own runtime.
+    (re.compile(r"mobile/model[A-Za-z0-9_]{0,32}\.ort"), 2**31),
+    (re.compile(r"mobile/required_operators_and_types\.config"), _MIB),
 )
 
 
@@ -97,7 +101,7 @@ def verified(folder: Path, precision: str) -> Iterator[None]:
         UserError, CheckFailed: as verify_folder; of the weights, when the block ends.
     """
     _check_place(folder)
-    listed = verify_manifest(folder, KIND, unread=lambda name: name.startswith("onnx/"))["files"]
+    listed = verify_manifest(folder, KIND, unread=lambda name: name.startswith(_FOR_ONE))["files"]
     refuse_hostile(folder)
     _, chosen = choose(folder, precision)
     data = f"{chosen.file}_data"

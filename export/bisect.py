@@ -26,16 +26,21 @@ from gptopt.export.counterparts import LENGTHS, Check, checks_of, output_key, re
 from gptopt.export.plays import inputs, lengths, mask_error, plays, real_part, typed
 from gptopt.export.steps import Feeds, Key, Steps, layer_of, record
 from gptopt.export.trace import Exportable, trace
-from gptopt.export.twin import Held, exact_model, held_by, same_model, write_strict_twin
-from gptopt.export.weights import strange_weights
+from gptopt.export.twin import (
+    OF_READER,
+    Held,
+    exact_model,
+    held_by,
+    same_model,
+    write_strict_twin,
+)
+from gptopt.export.weights import strange_scales, strange_weights
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
 
 _TORCH_FACTOR = 2.0
 _RANGE_FACTOR = 2e-5
-_HALF_BAND = 2.0**-8  # of a range: a few roundings of float16 on the way to an operator
-_HALF_ROUNDED_BAND = 2.0**-4  # the same where products round their inputs to int8
 _READ = ("input", "q", "k", "v", "unrotated q", "unrotated k")  # steps that a node reads
 _MOVERS = ("Slice", "Reshape", "Transpose", "Cast", "Identity", "Split", "Expand")
 
@@ -126,13 +131,19 @@ class Bisection:
             for odd in strange_weights(graph, self.model, held)
             if (reader := reader_of(odd.value)) is not None
         ]
-        strict = not held.half and not held.exact
+        strict, held = not held.exact, held.strict()
         twin = path.with_name("model_bisected.onnx")
         try:
             if strict:
                 write_strict_twin(path, twin)
             run = _Run(twin if strict else path, held, file)
-            found += run.departures(twin, nodes, self.recorded(held, file))
+            recorded = self.recorded(held, file)
+            found += run.departures(twin, nodes, recorded)
+            if held.cache:
+                found += [
+                    _departure(nodes, [node], odd.name, odd.error, odd.bound, recorded[0][0].name)
+                    for node, odd in strange_scales(graph, held, recorded[0][1][1])
+                ]
         finally:
             twin.unlink(missing_ok=True)
         order = {node.name: index for index, node in enumerate(nodes)}
@@ -176,11 +187,12 @@ def _departure(
 
 def _original(nodes: Sequence[ir.Node], node: ir.Node) -> ir.Node:
     """The node of the file that stands where one of its copy stands."""
-    names = {node.name} | {output.name for output in node.outputs if output.name}
+    name = (node.name or "").partition(OF_READER)[0]
+    names = {name} | {output.name for output in node.outputs if output.name}
     for each in nodes:
         if each is node or any(output.name in names for output in each.outputs if output.name):
             return each
-    return node if node.name in {each.name for each in nodes} else nodes[-1]
+    return node if name in {each.name for each in nodes} else nodes[-1]
 
 
 @dataclass(slots=True)
@@ -296,13 +308,8 @@ class _Run:
             return np.inf, 0.0
         spread = float(wanted.max() - wanted.min())
         torch_error = float((rough - wanted).abs().max())
-        budget = max(_TORCH_FACTOR * torch_error, self._band() * spread)
+        budget = max(_TORCH_FACTOR * torch_error, _RANGE_FACTOR * spread)
         return float((mine - wanted).abs().max()), budget
-
-    def _band(self) -> float:
-        if not self.held.half:
-            return _RANGE_FACTOR
-        return _HALF_ROUNDED_BAND if self.held.products else _HALF_BAND
 
 
 def _all_checks(graph: ir.Model) -> list[Check]:

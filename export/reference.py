@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from gptopt.export.stream import Claim
-from gptopt.export.twin import Held, Ranges, Rounding, exact_model, rounded_cache, same_model
+from gptopt.export.twin import (
+    CACHE_BOUND,
+    Held,
+    Ranges,
+    Rounding,
+    exact_model,
+    rounded_cache,
+    same_model,
+)
 
 Doubles = npt.NDArray[np.float64]
 Singles = npt.NDArray[np.float32]
@@ -85,6 +93,7 @@ class Reference:
         self._latest: dict[Text, Doubles] = {}
         self._ranges: Ranges = {}  # of inputs of products, over the latest texts
         self._copies: dict[str, nn.Module] = {}
+        self._cache_errors: dict[str, float] = {}
 
     def expect(self, claims: Sequence[Claim], *, rounds: bool = True) -> list[Expected]:
         """For each claim what it should say. No text is padded where that could be seen.
@@ -105,6 +114,11 @@ class Reference:
             part = slice(claim.first - text.start, len(claim.tokens) - text.start)
             found.append(Expected(doubles[text][part], singles[text][part]))
         return found
+
+    def coarsest(self) -> tuple[str, float, float] | None:
+        """(part of an int8 cache, relative error, bound) of the part that lost most so far."""
+        name = max(self._cache_errors, key=self._cache_errors.__getitem__, default=None)
+        return None if name is None else (name, self._cache_errors[name], CACHE_BOUND)
 
     def _texts(self, claims: Sequence[Claim]) -> list[Text]:
         """For each claim the text that answers it: one that it is the beginning of, or its own."""
@@ -129,9 +143,9 @@ class Reference:
 
     def _ask(self, kind: str, texts: Sequence[Text], *, rounds: bool) -> dict[Text, Any]:
         """Logits (len(tokens) - start, V) of each text."""
-        own = (
-            not self._held.products and not self._held.tables and not (self._held.cache and rounds)
-        )
+        held = self._held
+        stored = held.products or held.tables or (held.halves and not held.half)
+        own = not stored and not (held.cache and rounds)
         found = self._answers.find(kind, texts) if own else {}
         missing = [text for text in texts if text not in found]
         if missing:
@@ -165,7 +179,7 @@ class Reference:
                 )
                 stack.enter_context(rounding)
             if self._held.cache and rounds:
-                stack.enter_context(rounded_cache(self._held.cache))
+                stack.enter_context(rounded_cache(self._held.cache, self._cache_errors))
             yield
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[list[Text]]:
@@ -202,6 +216,8 @@ def _logits(model: nn.Module, batch: Sequence[Text]) -> dict[Text, npt.NDArray[A
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         given["logits_to_keep"] = longest - min(text.start for text in batch)
     logits: torch.Tensor = model(torch.tensor(ids), **given).logits
+    if logits.dim() == 2:  # of the whole text
+        logits = logits[:, None]
     first = longest - logits.shape[1]
     return {
         text: logits[row, text.start - first : len(text.tokens) - first].numpy().copy()

@@ -12,7 +12,7 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +37,13 @@ from gptopt.kernels.quantization import (
 # What quantising may do to a weight: about 1.5 times what block-wise rounding of Gaussian weights
 # does, whose error a calibrated method may exceed for the sake of the products.
 _WEIGHT_BOUNDS = {8: 0.03, 4: 0.2, 2: 0.8}
+# What int8 may do to keys and values: ten times and more what scales of a fitting text do.
+CACHE_BOUND = 0.25
 _aten = torch.ops.aten
 Ranges = dict[str, tuple[float, float]]
+OF_READER = ".single:"  # in names of nodes that were put before the one named before it
 _WHOLE = 0  # inputs of a product rounded with one scale for all of them
-_KEY_SCALE, _VALUE_SCALE = 12, 13  # GroupQueryAttention's inputs
+CACHE_SCALES = _KEY_SCALE, _VALUE_SCALE = 12, 13  # GroupQueryAttention's inputs
 
 
 @dataclass(slots=True)
@@ -54,6 +57,7 @@ class Held:
             row, or 0 for one scale over all.
         bits: parameter -> how many bits an element has.
         half: whether the graph computes in float16.
+        halves: parameters that it holds in float16.
         cache: per layer the scales of int8 keys and values, or nothing where they are floats.
     """
 
@@ -62,12 +66,17 @@ class Held:
     blocks: dict[str, int] = field(default_factory=dict)
     bits: dict[str, int] = field(default_factory=dict)
     half: bool = False
+    halves: frozenset[str] = frozenset()
     cache: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @property
     def exact(self) -> bool:
         """Whether everything is float32."""
-        return not (self.products or self.tables or self.half or self.cache)
+        return not (self.products or self.tables or self.half or self.halves or self.cache)
+
+    def strict(self) -> "Held":
+        """What the strict twin holds: the same numbers, none of them in float16."""
+        return replace(self, half=False)
 
 
 def held_by(path: Path) -> Held:
@@ -80,6 +89,11 @@ def held_by(path: Path) -> Held:
             held.cache.append((_tensor(key), _tensor(value)))
     floats = [value.dtype for value in model.graph.initializers.values()]
     held.half = ir.DataType.FLOAT16 in floats
+    held.halves = frozenset(
+        name.removesuffix(".half")
+        for name, value in model.graph.initializers.items()
+        if value.dtype == ir.DataType.FLOAT16
+    )
     for node in nodes_of(model, "MatMulNBits", MICROSOFT):
         name, weight = _matrix(node, node.inputs[1:4], int_of(node, "K", 0), "block_size")
         held.products[name], held.blocks[name] = weight, int_of(node, "block_size", 0)
@@ -175,6 +189,8 @@ def _with_weights(model: nn.Module, held: Held) -> nn.Module:
             parameter.copy_(held.products[name])
         elif name in held.tables:
             parameter.copy_(held.tables[name])
+        elif name in held.halves and not held.half:
+            parameter.copy_(parameter.half())
     return model
 
 
@@ -224,15 +240,26 @@ class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 @contextlib.contextmanager
-def rounded_cache(scales: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Let every attention in turn see its keys and values as an int8 cache keeps them."""
-    plain, order = reference.attention, itertools.cycle(scales)
+def rounded_cache(
+    scales: Sequence[tuple[Tensor, Tensor]], errors: dict[str, float]
+) -> Iterator[None]:
+    """Let every attention in turn see its keys and values as an int8 cache keeps them.
+
+    Args:
+        scales: per layer those of keys and values.
+        errors: receives the largest relative error (root mean square) of each part of the cache.
+    """
+    plain, order = reference.attention, itertools.cycle(enumerate(scales))
+
+    def kept(name: str, x: Tensor, scale: Tensor) -> Tensor:
+        found = dequantize_cache(quantize_cache(x, scale), scale).to(x.dtype)
+        error = float((found - x).norm() / x.norm().clamp(min=1e-30))
+        errors[name] = max(error, errors.get(name, 0.0))
+        return found
 
     def rounded(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Any:
-        key, value = next(order)
-        k, v = (
-            dequantize_cache(quantize_cache(x, s), s).to(x.dtype) for x, s in ((k, key), (v, value))
-        )
+        layer, (key, value) = next(order)
+        k, v = kept(f"cache.{layer}.key", k, key), kept(f"cache.{layer}.value", v, value)
         return plain(q, k, v, *rest, **options)
 
     reference.attention = rounded
@@ -274,9 +301,10 @@ def _rounded_in_blocks(x: Tensor, block: int) -> Tensor:
 def write_strict_twin(path: Path, twin: Path) -> None:
     """Write a graph that computes with the same weights in float32 and rounds no input.
 
-    It lies beside the file and reads its data file. Only for files whose floats are float32.
+    It lies beside the file and reads its data file.
     """
     model = ir.load(path)
+    _as_singles(model)
     for node in nodes_of(model, "MatMulNBits", MICROSOFT):
         node.attributes.add(ir.AttrInt64("accuracy_level", 1))
     for node in nodes_of(model, "DynamicQuantizeMatMul", MICROSOFT):
@@ -287,6 +315,34 @@ def write_strict_twin(path: Path, twin: Path) -> None:
         if value.dtype == ir.DataType.INT8:
             value.type = ir.TensorType(ir.DataType.FLOAT)
     ir.save(model, twin)
+
+
+def _as_singles(model: ir.Model) -> None:
+    """Compute in float32 with what is stored in float16."""
+    half, single = ir.DataType.FLOAT16, ir.DataType.FLOAT
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
+            node.attributes.add(ir.AttrInt64("to", int(single)))
+        value = node.attributes.get("value")
+        if node.op_type == "Constant" and value is not None and value.as_tensor().dtype == half:
+            array = value.as_tensor().numpy().astype(np.float32)
+            node.attributes.add(ir.AttrTensor("value", ir.tensor(array)))
+        for output in node.outputs:
+            if output.dtype == half:
+                output.type = ir.TensorType(single)
+    for value in list(model.graph.initializers.values()):
+        if value.dtype != half or not value.uses():
+            continue
+        uses = list(value.uses())
+        name = f"{uses[0].node.name}{OF_READER}{value.name}"
+        cast = ir.node("Cast", [value], {"to": int(single)}, name=name)
+        cast.outputs[0].shape, cast.outputs[0].type = value.shape, ir.TensorType(single)
+        model.graph.insert_before(model.graph[0], cast)
+        for use in uses:
+            use.node.replace_input_with(use.idx, cast.outputs[0])
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.dtype == half:
+            value.type = ir.TensorType(single)
 
 
 def _as_floats(model: ir.Model, node: ir.Node) -> None:

@@ -103,8 +103,8 @@ class Proof:
 
     Attributes:
         next_tokens: of a graph that chooses tokens itself.
-        weight: of a quantised file the parameter that is least like the model's: its name, relative
-            error and bound.
+        weight: of a quantised file the parameter, or part of an int8 cache, that is least like the
+            model's: its name, relative error and bound.
     """
 
     outcomes: list[Outcome] = field(default_factory=list)
@@ -128,7 +128,7 @@ class Proof:
         """The first case that did not hold, in a line: its name, the error, the budget, where."""
         if self.weight is not None and not self.weight[1] <= self.weight[2]:
             name, error, bound = self.weight
-            return f"weight {name}: differs by {error:.2g} of itself, at most {bound} expected"
+            return f"stored {name}: differs by {error:.2g} of itself, at most {bound} expected"
         for each in self.outcomes:
             if not each.passed:
                 return (
@@ -190,7 +190,6 @@ def prove(
     if file.tokens != "none" and (cases is None or "next token" in cases):
         config = cast(Exportable, model).config
         proof.next_tokens = prove_next_tokens(path, config, file, vocab_size)
-    proof.weight = strangest(model, held)
     proof.seconds = time.monotonic() - started
     return proof
 
@@ -221,6 +220,8 @@ def _play(
             claims = plays.claims_of(case, name, strict)
             expected = exact.expect(claims, rounds=False)
             _add(unrounded, judge(f"{name} ({label})", claims, expected))
+    stored = [each for each in (strangest(model, held), reference.coarsest()) if each is not None]
+    proof.weight = max(stored, key=lambda each: each[1] / each[2], default=None)
     del exact  # two more copies of the model, perhaps
     if stage.causal and (cases is None or "greedy" in cases):
         tokens = min(_GREEDY_TOKENS, stage.block_size - stage.fit(4) + 1)

@@ -7,7 +7,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from gptopt.export.twin import Held
+from gptopt.export.graphs import MICROSOFT, nodes_of
+from gptopt.export.steps import Steps
+from gptopt.export.twin import CACHE_BOUND, CACHE_SCALES, Held
+from gptopt.kernels.quantization import dequantize_cache, quantize_cache
 
 _FLOATS = {ir.DataType.FLOAT: 0.0, ir.DataType.FLOAT16: 2.0**-10}  # of the largest number
 _BLOCKS = {8: 0.06, 4: 0.4, 2: 1.6}  # relative error of one block, by bits: twice a matrix's bound
@@ -44,6 +47,20 @@ def strange_weights(graph: ir.Model, model: nn.Module, held: Held) -> Iterator[O
             error = _worst_block(weight, parameters[name], held.blocks.get(name) or _COLUMNS)
             if not error <= bound:
                 yield Odd(value, f"stored {name}", error, bound)
+
+
+def strange_scales(graph: ir.Model, held: Held, steps: Steps) -> Iterator[tuple[ir.Node, Odd]]:
+    """Every scale of an int8 cache that clips its keys or values, or is too coarse for them."""
+    attentions = (node for node in nodes_of(graph, "GroupQueryAttention", MICROSOFT))
+    for layer, (node, scales) in enumerate(zip(attentions, held.cache, strict=False)):
+        for part, scale, place in zip("kv", scales, CACHE_SCALES, strict=True):
+            value = node.inputs[place]
+            for x in steps.values.get((part, str(layer)), []):
+                rest = dequantize_cache(quantize_cache(x, scale), scale) - x
+                error = float(rest.norm() / x.norm().clamp(min=1e-30))
+                if value is not None and not error <= CACHE_BOUND:
+                    yield node, Odd(value, f"scales of {value.name}", error, CACHE_BOUND)
+                    break
 
 
 def _distance(stored: Tensor, own: Tensor) -> float:

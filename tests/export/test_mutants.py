@@ -32,7 +32,8 @@ def weight(model, ending):
 
 def scale_weight(model, ending, factor):
     value = weight(model, ending)
-    value.const_value = ir.tensor(value.const_value.numpy() * np.float32(factor))
+    array = value.const_value.numpy()
+    value.const_value = ir.tensor((array * np.float32(factor)).astype(array.dtype))
 
 
 def set_float(node, name, value):

@@ -5,6 +5,7 @@ import contextlib
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from random_models import random_gpt
 from test_mutants import (
     constant,
@@ -19,10 +20,13 @@ from test_mutants import (
 
 from gptopt.errors import CheckFailed
 from gptopt.export import prove
+from gptopt.export.cache import quantize_cache
+from gptopt.export.calibration import Calibration
 from gptopt.export.notes import Notes
 from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.targets import ORT_CPU, PORTABLE
+from gptopt.export.write import save
 
 FEW = ("prefill", "decode", "left padding", "right padding")
 FACTS = {"portable": PORTABLE.facts("onnx/model.onnx"), "ort-cpu": ORT_CPU.facts("onnx/model.onnx")}
@@ -231,15 +235,21 @@ def test_a_window_one_too_wide_is_caught(export, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def quantised(originals, tmp_path_factory):
-    """A q4 file of the same model."""
+def lesser(originals, tmp_path_factory):
+    """Files of less precision of the same model: name -> (path, facts)."""
     model, original = originals["portable"]
-    path = tmp_path_factory.mktemp("q4") / "model.onnx"
+    folder, found = tmp_path_factory.mktemp("lesser"), {}
     graph = ir.load(original)
     for value in graph.graph.initializers.values():
         value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name)
-    ir.save(quantize_graph(graph, PRECISIONS["q4"], Notes()), path)
-    return model, path
+    for name in ("q4", "fp16", "q4f16"):
+        save(quantize_graph(graph, PRECISIONS[name], Notes()), folder / name, external=False)
+        found[name] = (folder / name, PORTABLE.facts("onnx/model.onnx", PRECISIONS[name].floats))
+    ids = torch.randint(0, 2048, (1024,), generator=torch.Generator().manual_seed(5)).tolist()
+    ranges = Calibration(model, ids).cache_ranges()
+    save(quantize_cache(graph, ranges, Notes()), folder / "int8", external=False)
+    found["int8 cache"] = (folder / "int8", PORTABLE.facts("onnx/model.onnx", "int8"))
+    return found
 
 
 def spoil_codes(graph):
@@ -247,35 +257,64 @@ def spoil_codes(graph):
     value.const_value = ir.tensor(np.roll(value.const_value.numpy(), 1, axis=0))
 
 
-QUANTISED = {
+WIRING = {
     "erf gelu": erf_gelu,
     "another epsilon": another_epsilon,
     "another scale": another_scale,
     "no padding bias": no_padding_bias,
     "k and v swapped": swap_inputs(1, 2),
+    "past k and v swapped": swap_inputs(3, 4),
+    "position off by one": position_off_by_one,
+    "norm bias dropped": zero("norm.bias"),
 }
+FILES = ("q4", "fp16", "q4f16", "int8 cache")
 
 
-@pytest.mark.parametrize("mutate", QUANTISED.values(), ids=QUANTISED)
-def test_rounding_does_not_hide_a_wrong_graph(mutate, quantised, tmp_path):
-    model, original = quantised
-    proof = prove(changed(original, mutate, tmp_path), model, cases=FEW, file=FACTS["portable"])
-    assert not proof.passed
+@pytest.mark.parametrize("mutate", WIRING.values(), ids=WIRING)
+@pytest.mark.parametrize("name", FILES)
+def test_rounding_does_not_hide_a_wrong_graph(name, mutate, lesser, originals, tmp_path):
+    path, file = lesser[name]
+    path = changed(path, mutate, tmp_path)
+    cases = ("decode", "left padding")
+    assert not prove(path, originals["portable"][0], cases=cases, file=file).passed
 
 
-def test_a_right_quantised_graph_passes_strictly(quantised, tmp_path):
-    model, original = quantised
-    proof = prove(original, model, cases=FEW, file=FACTS["portable"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_right_file_passes_strictly(name, lesser, originals):
+    path, file = lesser[name]
+    proof = prove(path, originals["portable"][0], cases=FEW, file=file)
     assert proof.passed, proof.failure
-    strict = [each for each in proof.outcomes if "unrounded" in each.case]
+    label = "in float32" if file.cache_dtype == "float16" else "unrounded inputs"
+    strict = [each for each in proof.outcomes if label in each.case]
     assert len(strict) == 4
     assert max(each.budget for each in strict) < 1e-3
-    assert [path.name for path in original.parent.iterdir()] == ["model.onnx"]
+    assert not list(path.parent.glob("*twin*"))
 
 
-def test_weights_of_another_model_are_caught(quantised, tmp_path):
-    model, original = quantised
-    proof = prove(
-        changed(original, spoil_codes, tmp_path), model, cases=FEW, file=FACTS["portable"]
-    )
-    assert proof.failure.startswith("weight blocks.0.ffn.up.weight: differs by 1.")
+def test_weights_of_another_model_are_caught(lesser, originals, tmp_path):
+    path, file = lesser["q4"]
+    path = changed(path, spoil_codes, tmp_path)
+    proof = prove(path, originals["portable"][0], cases=FEW, file=file)
+    assert proof.failure.startswith("stored blocks.0.ffn.up.weight: differs by 1.")
+
+
+def test_half_a_per_mille_of_a_half_is_caught(lesser, originals, tmp_path):
+    path, file = lesser["fp16"]
+
+    def spoil(graph):
+        value = weight(graph, "blocks.1.ffn.down.weight")
+        values = value.const_value.numpy().astype(np.float32) * 1.001
+        value.const_value = ir.tensor(values.astype(np.float16), name=value.name)
+
+    path = changed(path, spoil, tmp_path)
+    assert not prove(path, originals["portable"][0], cases=FEW, file=file).passed
+
+
+@pytest.mark.parametrize("factor", [0.05, 100.0])
+def test_scales_of_an_int8_cache_that_clip_or_are_coarse_are_caught(
+    factor, lesser, originals, tmp_path
+):
+    path, file = lesser["int8 cache"]
+    path = changed(path, lambda graph: scale_weight(graph, "cache.1.key.scale", factor), tmp_path)
+    proof = prove(path, originals["portable"][0], cases=FEW, file=file)
+    assert proof.failure.startswith("stored cache.1.key: differs by 0.")

@@ -114,9 +114,11 @@ def _question(where: str, line: str) -> Question:
     prompt, choices, answer = (value.get(key) for key in ("prompt", "choices", "answer"))
     if not isinstance(prompt, str):
         raise UserError(f"{where}: prompt is {prompt!r:.60}, expected text")
-    good = isinstance(choices, list) and len(choices) >= 2
-    if not good or not all(isinstance(choice, str) and choice for choice in choices):
-        raise UserError(f"{where}: choices is {choices!r:.60}, expected two or more texts")
+    choices = choices if isinstance(choices, list) else []
+    if len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
+        raise UserError(
+            f"{where}: choices is {value.get('choices')!r:.60}, expected two or more texts"
+        )
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise UserError(
             f"{where}: answer is {answer!r:.60}, expected a number from 0 to {len(choices) - 1}, "

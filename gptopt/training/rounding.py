@@ -64,8 +64,8 @@ class Rounding:
             yield
         finally:
             with torch.no_grad():
-                for parameter, value in kept:
-                    parameter.copy_(value)
+                for rounded, value in kept:
+                    rounded.copy_(value)
 
     def _how(self, name: str, weight: Tensor) -> _Round | None:
         if weight.ndim != 2 or name == "wpe.weight":

@@ -142,21 +142,12 @@ def _products(graph: ir.Model) -> dict[str, ir.Node]:
 def _add_slot(graph: ir.Model, product: ir.Node, layer: str, wide: int, tall: int) -> None:
     x, y = product.inputs[0], product.outputs[0]
     assert x is not None
-    half = y.dtype == ir.DataType.FLOAT16
-    kind = ir.DataType.FLOAT16 if half else ir.DataType.FLOAT
+    kind = ir.DataType.FLOAT16 if y.dtype == ir.DataType.FLOAT16 else ir.DataType.FLOAT
     rank = f"{layer}.rank"  # a symbol of its own: an adapter may leave a layer at rank 0
-    slots = []
-    for suffix, shape, empty in zip(
-        SUFFIXES, ((wide, rank), (rank, tall)), ((wide, 0), (0, tall)), strict=True
-    ):
-        default = np.zeros(empty, np.float16 if half else np.float32)
-        slot = ir.Value(
-            name=layer + suffix, shape=ir.Shape(shape), type=ir.TensorType(kind),
-            const_value=ir.tensor(default, name=layer + suffix),
-        )  # fmt: skip
-        graph.graph.register_initializer(slot)
-        graph.graph.inputs.append(slot)
-        slots.append(slot)
+    slots = [
+        _slot(graph, layer + SUFFIXES[0], kind, [wide, rank], (wide, 0)),
+        _slot(graph, layer + SUFFIXES[1], kind, [rank, tall], (0, tall)),
+    ]
     down = ir.node("MatMul", [x, slots[0]])
     up = ir.node("MatMul", [down.outputs[0], slots[1]])
     add = ir.node("Add", [y, up.outputs[0]])
@@ -164,11 +155,22 @@ def _add_slot(graph: ir.Model, product: ir.Node, layer: str, wide: int, tall: in
     down.outputs[0].shape = None if x.shape is None else ir.Shape([*list(x.shape)[:-1], rank])
     for value in (up.outputs[0], add.outputs[0]):
         take_over(value, y)
-    for value, name in zip((down, up, add), ("down", "up", "sum"), strict=True):
-        value.outputs[0].name = f"{layer}.lora.{name}"
+    for node, name in ((down, "down"), (up, "up"), (add, "sum")):
+        node.outputs[0].name = f"{layer}.lora.{name}"
     ir.convenience.replace_all_uses_with(y, add.outputs[0], replace_graph_outputs=True)
     add.replace_input_with(0, y)
     graph.graph.insert_after(product, [down, up, add])
+
+
+def _slot(
+    graph: ir.Model, name: str, kind: ir.DataType, shape: list[int | str], empty: tuple[int, int]
+) -> ir.Value:
+    """An optional input whose default has no elements."""
+    default = ir.tensor(np.zeros(empty, kind.numpy()), name=name)
+    slot = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind), const_value=default)
+    graph.graph.register_initializer(slot)
+    graph.graph.inputs.append(slot)
+    return slot
 
 
 def write_adapters(folder: Path, adapters: Sequence[NamedAdapter], floats: str) -> None:

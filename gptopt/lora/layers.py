@@ -116,11 +116,11 @@ def begin(
     Raises:
         UserError: an adapter without a model to adapt, or another one than the start has.
     """
-    if options.rank and (start is None or folder is None):
-        raise UserError(
-            f"--lora.rank {options.rank}: LoRA adapts a trained model; name it with --init-from"
-        )
-    if start is None:
+    if start is None or folder is None:
+        if options.rank:
+            raise UserError(
+                f"--lora.rank {options.rank}: LoRA adapts a trained model; name it with --init-from"
+            )
         return model
     if start.lora is not None and not options.rank:
         start = merge_lora(start)

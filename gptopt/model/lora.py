@@ -96,7 +96,7 @@ class LowRank(nn.Module):
 
     def update(self) -> Tensor:
         """What the layer's weight would have to gain: scale * B A, (width, C)."""
-        whole = self.a[0].new_zeros((self.width, self.a[0].shape[1]))
+        whole: Tensor = self.a[0].new_zeros((self.width, self.a[0].shape[1]))
         for part, a, b in zip(self.parts, self.a, self.b, strict=True):
             whole[part.start : part.start + part.rows] = self.scale * (b @ a)
         return whole

@@ -117,15 +117,15 @@ class Slots:
         """Raise CheckFailed where matrices are not pairs of this graph's sizes."""
         layers = {name.rpartition(".")[0] for name in matrices}
         for layer in sorted(layers):
-            pair = [matrices.get(layer + suffix) for suffix in SUFFIXES]
+            a, b = (matrices.get(layer + suffix) for suffix in SUFFIXES)
             wide, tall = self.sizes.get(layer, (0, 0))
-            if layer not in self.sizes or pair[0] is None or pair[1] is None:
+            if layer not in self.sizes or a is None or b is None:
                 raise CheckFailed(
                     f"{where}: {layer[:200]!r} has no place in the graph, or lacks one of its two "
                     f"matrices; export the model again"
                 )
-            rank = pair[0].shape[-1] if pair[0].ndim else 0
-            for matrix, shape in zip(pair, ((wide, rank), (rank, tall)), strict=True):
+            rank = a.shape[-1] if a.ndim else 0
+            for matrix, shape in ((a, (wide, rank)), (b, (rank, tall))):
                 if matrix.shape != shape or matrix.dtype != self.dtype:
                     raise CheckFailed(
                         f"{where}: {layer} has a matrix {matrix.dtype} {list(matrix.shape)}, the "

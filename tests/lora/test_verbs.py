@@ -72,23 +72,10 @@ def test_generate_and_evaluate_take_an_adapter_beside_its_base_or_alone(runs, ca
     base, tuned = runs / "base", runs / "tuned"
     ways = ([base], [base, "--adapter", tuned], [tuned])
     prompt = ["--prompt", "the cat", "--temperature", "0", "--max-new-tokens", "8"]
-    said = [
-        ask(capsys, "generate", *model, *prompt)[1]["text"]
-        for model in (
-            [runs / "base"],
-            [runs / "base", "--adapter", runs / "tuned"],
-            [runs / "tuned"],
-        )
-    ]
+    said = [ask(capsys, "generate", *model, *prompt)[1]["text"] for model in ways]
     assert said[1] == said[2]
-    losses = [
-        ask(capsys, "evaluate", *model, "--data", runs / "text.txt")[1]["val_loss"]
-        for model in (
-            [runs / "base"],
-            [runs / "base", "--adapter", runs / "tuned"],
-            [runs / "tuned"],
-        )
-    ]
+    data = ["--data", runs / "text.txt"]
+    losses = [ask(capsys, "evaluate", *model, *data)[1]["val_loss"] for model in ways]
     assert losses[1] == losses[2] != losses[0]
 
 

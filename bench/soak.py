@@ -60,14 +60,14 @@ class Storm:
         self.tries += 1
         self.disturb(arguments, self.chance)
         try:
-            step = self._newest_step()
+            step = self.newest_step()
         except (UserError, AssertionError) as error:
             self.lost.append(f"try {self.tries}: {error}")
             return
         self.survived += 1
         self.complete = step
 
-    def _newest_step(self) -> int:
+    def newest_step(self) -> int:
         """The step of the newest complete checkpoint, which loads; 0 before the first."""
         checkpoints = Checkpoints(self.run)
         newest = checkpoints.newest()
@@ -108,13 +108,7 @@ def fill_disk(arguments: list[str], chance: random.Random) -> None:
 
 def kill_rank(arguments: list[str], chance: random.Random) -> None:
     """kill -9 on one of two ranks, or on the launcher with both of them."""
-    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--no-python", "--standalone",
-                "--nproc-per-node", "2"]  # fmt: skip
-    command = [*launcher, sys.executable, "-P", "-m", "gptopt", *arguments, "--parallel", "fsdp"]
-    process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    process = _launch(arguments)
     try:
         time.sleep(chance.uniform(4, 14))
         listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(
@@ -128,6 +122,17 @@ def kill_rank(arguments: list[str], chance: random.Random) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def _launch(arguments: list[str]) -> subprocess.Popen[bytes]:
+    """Two ranks under torchrun that hold a part of the model each."""
+    launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--no-python", "--standalone",
+                "--nproc-per-node", "2"]  # fmt: skip
+    return subprocess.Popen(
+        [*launcher, sys.executable, "-P", "-m", "gptopt", *arguments, "--parallel", "fsdp"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
 
 
 def _fork(arguments: list[str], limit_bytes: int | None = None) -> int:
@@ -148,7 +153,10 @@ def _fork(arguments: list[str], limit_bytes: int | None = None) -> int:
         os._exit(_CRASHED)
 
 
-def _finish(arguments: list[str]) -> int:
+def _finish(arguments: list[str], storm: Storm) -> int:
+    """The exit code of a run that nobody disturbs."""
+    if storm.disturb is kill_rank:
+        return _launch(arguments).wait()
     return os.waitstatus_to_exitcode(os.waitpid(_fork(arguments), 0)[1])
 
 
@@ -183,19 +191,18 @@ def _blow(storm: Storm, text: Path, seconds: float) -> dict[str, Any]:
     arguments = ["train", str(text), "--out", str(storm.run), "--resume", "--quiet"]
     arguments += [part for key, value in _FLAGS.items() for part in (f"--{key}", str(value))]
     began = time.monotonic()
-    if _finish([*arguments, "--steps", str(_FLAGS["eval-every"])]) != 0:
+    if _finish([*arguments, "--steps", str(_FLAGS["eval-every"])], storm) != 0:
         raise RuntimeError(f"{storm.name}: the run fails in good weather")
-    while time.monotonic() - began < seconds * 0.8:
+    storm.complete = storm.newest_step()
+    while not storm.tries or time.monotonic() - began < seconds * 0.8:
         storm.once(arguments)
     # What was disturbed so often, let alone, ends as if it never had been.
     last = storm.complete + 20
     straight = storm.run.with_name(storm.run.name + "-straight")
-    differs: list[str] = []
-    if storm.disturb is not kill_rank:  # one process goes on from two with other rounding
-        arguments += ["--steps", str(last)]
-        alone = [str(straight) if part == str(storm.run) else part for part in arguments]
-        ends = [_finish(arguments), _finish(alone)]
-        differs = list(differences(storm.run, straight)) if ends == [0, 0] else [f"exit {ends}"]
+    arguments += ["--steps", str(last)]
+    alone = [str(straight) if part == str(storm.run) else part for part in arguments]
+    ends = [_finish(arguments, storm), _finish(alone, storm)]
+    differs = list(differences(storm.run, straight)) if ends == [0, 0] else [f"exit {ends}"]
     return {
         "storm": storm.name, "tries": storm.tries, "survived": storm.survived,
         "lost": storm.lost, "steps": storm.complete, "differs": differs,

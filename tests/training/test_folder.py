@@ -1,6 +1,8 @@
 """config.toml, metrics.jsonl and the lock of a run folder."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import tomllib
@@ -89,3 +91,13 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(UserError, match="is a file"):
         refuse_foreign(tmp_path / "thesis.tex")
     refuse_foreign(tmp_path / "new")
+
+
+def test_a_full_disk_does_not_keep_a_lock_from_holding(tmp_path, monkeypatch):
+    def full(*given):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("gptopt.training.lock.os.write", full)
+    refused = pytest.raises(UserError, match="is training in this run folder")
+    with hold_lock(tmp_path), refused, hold_lock(tmp_path):
+        pass

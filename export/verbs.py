@@ -1,6 +1,7 @@
 """`gptopt export` and `gptopt validate`."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from gptopt.export.budget import parse_budget
 from gptopt.export.calibration import Calibration
 from gptopt.export.card import proof_table, quality_line
 from gptopt.export.clients import Client, check_clients, client_table, find_clients
-from gptopt.export.package import REPORT, Common, Plan, export_model
 from gptopt.export.mobile import check_target
+from gptopt.export.package import REPORT, Common, Plan, export_model
 from gptopt.export.precisions import (
     Allowed,
     BlockFormat,
@@ -54,9 +55,9 @@ def export(options: ExportOptions) -> dict[str, Any]:
     targets, precisions = find_targets(options.target), find_precisions(options.precision)
     for target in targets:
         check_precisions(target, [each.name for each in precisions])
-    out = Path(options.out)
         if options.ort_mobile:
             check_target(target)
+    out = Path(options.out)
     folders = {each.name: out / each.name if len(targets) > 1 else out for each in targets}
     for folder in folders.values():  # before a large model is read
         if (folder.exists() or folder.is_symlink()) and not options.force:
@@ -108,8 +109,8 @@ def _plan(options: ExportOptions, loaded: LoadedModel, precisions: list[Precisio
     return Plan(
         precisions, calibration, held_out, options.cache == "int8", options.tokens, keep,
         budget=budget, adapters=adapters,
-    )  # fmt: skip
         mobile=options.ort_mobile,
+    )  # fmt: skip
 
 
 def _merged(model: str, checkpoint: str) -> LoadedModel:
@@ -162,10 +163,11 @@ def validate(options: ValidateOptions) -> dict[str, Any]:
         )
     shape = {name: getattr(model.config, name) for name in _SAME}
     shape |= {"causal": says_next(model.config), "labels": labels_of(model.config)}
+    there: Mapping[str, Any] = sizes
     for name, found in shape.items():
-        if found != sizes[name]:
+        if found != there[name]:
             raise UserError(
-                f"{folder}: was exported from a model with {name}={sizes[name]}, "
+                f"{folder}: was exported from a model with {name}={there[name]}, "
                 f"{options.model} has {found}; give the model that it was exported from"
             )
     check_client_files(folder, model.config)

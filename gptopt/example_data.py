@@ -34,7 +34,7 @@ def documents() -> Iterator[tuple[str, str]]:
 
 def questions() -> Iterator[dict[str, str]]:
     """What a method or function does, and the first sentence of its documentation."""
-    named = [(kind.__name__, kind) for kind in TYPES]
+    named: list[tuple[str, Any]] = [(kind.__name__, kind) for kind in TYPES]
     named += [(name, importlib.import_module(name)) for name in MODULES]
     for owner, holder in named:
         for name, value in sorted(vars(holder).items()):

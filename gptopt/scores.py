@@ -25,7 +25,8 @@ def given(chances: npt.NDArray[np.float64], *, multi_label: bool) -> npt.NDArray
     """Which labels (N, L) texts are given."""
     if multi_label:
         return chances > THRESHOLD
-    return np.eye(chances.shape[1], dtype=np.bool_)[chances.argmax(axis=-1)]
+    likeliest = chances.argmax(axis=-1)[:, None]
+    return np.arange(chances.shape[1])[None] == likeliest
 
 
 def score_labels(

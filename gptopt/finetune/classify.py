@@ -222,7 +222,8 @@ class LabelledBatches:
         here = self._order.part(whole)
         inputs = objective.inputs(objective.examples, here)
         targets = objective.examples.labels[here]
-        weights = np.where(targets > 0.5, *self._weights)  # (B, L)
+        having, lacking = self._weights
+        weights = np.where(targets > 0.5, having, lacking)  # (B, L)
         if objective.options.multi_label:
             inputs |= {"targets": targets, "weights": weights.astype(np.float32)}
         else:

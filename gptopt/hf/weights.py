@@ -65,8 +65,8 @@ def weights(
     found = []
     for own in shapes:
         if own == SCORE:
-            rows = (shapes[own][0],)
-            found.append(Weight((own,), rows, (own,), rows, False))
+            labels = (shapes[own][0],)
+            found.append(Weight((own,), labels, (own,), labels, False))
             continue
         place, module, leaf = _address(own)
         together = shared[module].split("+")

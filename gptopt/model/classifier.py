@@ -32,7 +32,7 @@ class Classifier(GPT):
         self.score = nn.Linear(config.n_embd, len(config.labels), bias=False)
         nn.init.normal_(self.score.weight, std=INIT_STD)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         ids: Tensor,
         targets: Tensor | None = None,

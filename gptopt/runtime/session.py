@@ -314,7 +314,7 @@ def _check_contract(session: Any, path: Path, config: EdgeConfig, file: EdgeFile
         _same_shape(path, inputs[name], ["tensor(int64)"], (None, None))
     logits = outputs["logits"]
     scored = 1 if file.scores == "last" and logits.shape[1] == 1 else None
-    shape = (None, scored, config["vocab_size"])
+    shape: tuple[int | None, ...] = (None, scored, config["vocab_size"])
     if config["labels"] is not None:
         shape = (None, len(config["labels"]))
     _same_shape(path, logits, list(_FLOAT_TYPES), shape)

@@ -109,10 +109,10 @@ def held_by(path: Path) -> Held:
         held.tables[name] = held_rows
         held.bits.setdefault(name, int_of(node, "bits", 4))
     for _, name, bits, block in lookups(model):
-        codes, scales, zeros = (
+        parts = [
             model.graph.initializers.get(f"{name}.{part}") for part in ("rows", "scales", "zeros")
-        )
-        held.tables[name] = _unpacked((codes, scales, zeros), bits, block, None)
+        ]
+        held.tables[name] = _unpacked(parts, bits, block, None)
         held.bits.setdefault(name, bits)
     return held
 

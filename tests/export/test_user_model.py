@@ -1,5 +1,6 @@
 """A model this repository does not know, built from its operators: the same call exports it."""
 
+import functools
 import json
 from typing import NamedTuple
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError
-from gptopt.export import export_model, prove
+from gptopt.export import export_model, package, prove
+from gptopt.export.precisions import find_precisions
+from gptopt.export.targets import TARGETS
 from gptopt.kernels import attention, ffn, layernorm, rotary
 
 CONFIG = ModelConfig(
@@ -154,3 +157,45 @@ def test_training_mode_and_other_precisions_are_refused(model, tmp_path):
         export_model(Model().train(), None, tmp_path / "edge")
     with pytest.raises(UserError, match=r"torch.float64, the export takes float32"):
         export_model(Model().double().eval(), None, tmp_path / "edge")
+
+
+class Small(nn.Module):
+    """The example of the README: one layer, written by a user, of gptopt's operators."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = ModelConfig(n_layer=1, n_head=2, n_embd=32, block_size=32, vocab_size=96)
+        self.wte = nn.Embedding(96, 32)
+        self.wpe = nn.Embedding(32, 32)
+        self.norm = nn.LayerNorm(32)
+        self.qkv = nn.Linear(32, 96)
+        self.up = nn.Linear(32, 64)
+        self.down = nn.Linear(64, 32)
+        self.head = nn.Linear(32, 96, bias=False)
+
+    def forward(self, ids, *, attention_mask=None, position_ids=None, past=None, use_cache=False):
+        B, T = ids.shape
+        if position_ids is None:
+            position_ids = torch.arange(T)[None]
+        x = self.wte(ids) + self.wpe(position_ids)
+        h, _ = layernorm(x, self.norm.weight, self.norm.bias, eps=1e-5)
+        q, k, v = self.qkv(h).view(B, T, 3, 2, 16).permute(2, 0, 3, 1, 4)
+        mask = None if attention_mask is None else attention_mask.bool()
+        out, present, _ = attention(
+            q, k, v, past=None if past is None else past[0], key_mask=mask, need_lse=False
+        )
+        x = x + out.transpose(1, 2).reshape(B, T, 32)
+        x = x + self.down(ffn(x, self.up.weight, self.up.bias, activation="gelu"))
+        return Output(self.head(x), [present] if use_cache else None)
+
+
+@pytest.mark.parametrize(
+    "target", [t for t in TARGETS.values() if t.name != "ort-cuda"], ids=lambda t: t.name
+)
+def test_it_exports_for_every_target_in_every_precision(target, tmp_path, monkeypatch):
+    short = functools.partial(package.prove, cases=["prefill", "decode", "right padding"])
+    monkeypatch.setattr(package, "prove", short)
+    plan = package.Plan(find_precisions(",".join(target.precisions)))
+    report = export_model(spread(Small()), None, tmp_path / "edge", target=target, plan=plan)
+    assert list(report["variants"]) == list(target.precisions)
+    assert all(variant["passed"] for variant in report["variants"].values())

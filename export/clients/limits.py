@@ -37,6 +37,11 @@ LIMITS = (
         "converts no GroupQueryAttention with attn_softcap; use --target standard-growing",
     ),
     Limit(
+        "no zero points in look-ups", "openvino",
+        ("ConvertGatherToGatherCompressed", "constant != nullptr"), _EVERY,
+        "reads no GatherBlockQuantized with zero points, as q4's table has; use --target web",
+    ),
+    Limit(
         "no quantised embedding", _TJS_WEB,
         ("Could not find an implementation for GatherBlockQuantized",), _EVERY,
         "onnxruntime-web's build with WebGPU, which transformers.js always loads, has no kernel of "

@@ -294,16 +294,21 @@ def codes_moved(model: ir.Model, node: ir.Node) -> bool:
     return node.op_type == "MatMulNBits" and _change(node, 1, lambda x: np.roll(x, 1, axis=0))
 
 
+def cache_scale(model: ir.Model, node: ir.Node) -> bool:
+    """Keys of an int8 cache clipped to a twentieth of their range."""
+    return node.op_type == "GroupQueryAttention" and _change(node, 12, lambda scale: scale / 20)
+
+
 KINDS: dict[str, Plant] = {
     plant.__name__.replace("_", " "): plant
     for plant in (
         perturbed, transposed, another_layers_weight, bias_dropped, epsilon, norm_weight_ignored,
         keys_and_values_swapped, past_swapped, another_layers_cache, scale, mask_removed,
         tokens_miscounted, activation, position, rotary_pairs, residual_dropped, wrong_addend,
-        head_untied, block_scale, codes_moved,
+        head_untied, block_scale, codes_moved, cache_scale,
     )
 }  # fmt: skip
-IN_WEIGHTS = ("perturbed", "transposed", "block scale", "codes moved")
+IN_WEIGHTS = ("perturbed", "transposed", "block scale", "codes moved", "cache scale")
 
 
 def readers_of_weights(node: ir.Node) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ import torch
 from gptopt.bench.fault_kinds import IN_WEIGHTS, KINDS, readers_of_weights
 from gptopt.config import ModelConfig
 from gptopt.export.bisect import Bisection, Departure
+from gptopt.export.cache import quantize_cache
+from gptopt.export.calibration import Calibration
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.precisions import PRECISIONS
@@ -42,8 +44,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "n_kv_head": 2, "bias": False,
     },
 }  # fmt: skip
+INT8_CACHE = "int8-cache"  # float32 with keys and values in int8
 FORMS = (
     ("standard-growing", "fp32"), ("portable", "fp32"), ("ort-cpu", "fp32"), ("portable", "q4"),
+    ("portable", "fp16"), ("portable", "q4f16"), ("portable", INT8_CACHE),
 )  # fmt: skip
 
 
@@ -81,6 +85,13 @@ def random_model(name: str, seed: int = 0) -> GPT:
     return model.eval()
 
 
+def ranges(model: GPT) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What random tokens put into the cache."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, SIZES["vocab_size"], (1024,), generator=generator)
+    return Calibration(model, ids.tolist()).cache_ranges()
+
+
 def cases(folder: Path, names: Collection[str] | None = None) -> Iterator[Case]:
     """The graphs that faults are planted in, or those of these names."""
     for name in MODELS:
@@ -92,12 +103,17 @@ def cases(folder: Path, names: Collection[str] | None = None) -> Iterator[Case]:
                 continue
             target = TARGETS[target_name]
             graph = build_graph(model, model.config, Build(target))
-            if precision != "fp32":
+            cache_dtype = "float32"
+            if precision == INT8_CACHE:
+                graph, cache_dtype = quantize_cache(graph, ranges(model), Notes()), "int8"
+            elif precision != "fp32":
                 graph = quantize_graph(graph, PRECISIONS[precision], Notes())
+                cache_dtype = PRECISIONS[precision].floats
             for index, node in enumerate(graph.graph):
                 node.name = node.name or f"{node.op_type}_{index}"
             ir.save(graph, path)
-            yield Case(path.stem, path, bisection, target.facts("onnx/model.onnx"))
+            file = target.facts("onnx/model.onnx", cache_dtype)
+            yield Case(path.stem, path, bisection, file)
 
 
 def faults(case: Case, kinds: Collection[str] = KINDS.keys()) -> Iterator[tuple[Fault, ir.Model]]:

@@ -29,7 +29,7 @@ def tabulate_angles(model: ir.Model, positions: int) -> None:
         angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies
         held = ir.tensor(_TURNS[node.op_type](angles), name=f"{node.outputs[0].name}.table")
         table = ir.Value(
-            name=held.name, shape=ir.Shape(held.shape), type=ir.TensorType(held.dtype),
+            name=held.name, shape=ir.Shape(angles.shape), type=ir.TensorType(held.dtype),
             const_value=held,
         )  # fmt: skip
         graph.register_initializer(table)

@@ -149,7 +149,7 @@ class Reference:
         found = self._answers.find(kind, texts) if own else {}
         missing = [text for text in texts if text not in found]
         if missing:
-            made = {}
+            made: dict[Text, npt.NDArray[Any]] = {}
             model = self._copy(kind)
             with self._as_held(model, rounds):
                 for batch in self._batches(missing):

@@ -323,9 +323,9 @@ def _as_singles(model: ir.Model) -> None:
     for node in model.graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() == half:
             node.attributes.add(ir.AttrInt64("to", int(single)))
-        value = node.attributes.get("value")
-        if node.op_type == "Constant" and value is not None and value.as_tensor().dtype == half:
-            array = value.as_tensor().numpy().astype(np.float32)
+        held = node.attributes.get("value")
+        if node.op_type == "Constant" and held is not None and held.as_tensor().dtype == half:
+            array = held.as_tensor().numpy().astype(np.float32)
             node.attributes.add(ir.AttrTensor("value", ir.tensor(array)))
         for output in node.outputs:
             if output.dtype == half:

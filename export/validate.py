@@ -209,7 +209,8 @@ def _play(
     if held.half:
         exact = Reference(model, causal=stage.causal, held=held.strict())
     label = "in float32" if held.half else "unrounded inputs"
-    band, proof, unrounded = band_of(held), Proof(), []
+    band, proof = band_of(held), Proof()
+    unrounded: list[Outcome] = []
     greedy: list[Claim] = []
     for name, case in plays.cases_of(stage).items():
         if cases is not None and name not in cases:
@@ -247,7 +248,9 @@ def _stage(
     if adapter is not None:
         beside = path.with_name(Path(adapter_file(adapter, session.slots.dtype)).name)
         session.adapter = session.prepare(read_matrices(beside, session.slots))
-    growing = whole = graph = Growing(session)
+    growing = Growing(session)
+    graph: Growing | Shared = growing
+    whole: Growing | Shared = growing
     if file.cache != "growing":
         room = min(config.block_size, plays.LONGEST)
         graph, whole = Shared(session, room), Shared(session, config.block_size)

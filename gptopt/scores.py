@@ -24,9 +24,10 @@ def probabilities(scores: Floats, *, multi_label: bool) -> npt.NDArray[np.float6
 def given(chances: npt.NDArray[np.float64], *, multi_label: bool) -> npt.NDArray[np.bool_]:
     """Which labels (N, L) texts are given."""
     if multi_label:
-        return chances > THRESHOLD
+        return np.greater(chances, THRESHOLD)
     likeliest = chances.argmax(axis=-1)[:, None]
-    return np.arange(chances.shape[1])[None] == likeliest
+    found: npt.NDArray[np.bool_] = np.arange(chances.shape[1])[None] == likeliest
+    return found
 
 
 def score_labels(

@@ -159,9 +159,8 @@ class MixtureSampler:
         Raises:
             UserError: the state belongs to other data, weights, another block size or seed.
         """
-        taken, sources = state.get("taken"), state.get("sources")
+        taken, sources = state.get("taken", []), state.get("sources", [])
         fits = state.get("weights") == self._weights.tolist()
-        fits = fits and isinstance(taken, list) and isinstance(sources, list)
         if not (fits and len(taken) == len(sources) == len(self._samplers)):
             raise UserError(
                 f"the saved data position has weights={state.get('weights')!r}, this run has "

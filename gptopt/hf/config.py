@@ -136,7 +136,7 @@ def _their_keys(config: ModelConfig, architecture: str) -> dict[str, Any]:
     if architecture == OWN:
         return both
     kind = ARCHITECTURES[architecture]
-    names = {ours: theirs for theirs, ours in reversed(kind.activations.items())}
+    names = {ours: theirs for theirs, ours in reversed(list(kind.activations.items()))}
     if kind.keys == "gpt2":
         return both | {
             "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd,
@@ -249,7 +249,7 @@ def _activation(raw: Mapping[str, Any], key: str, kind: Architecture, where: Pat
 
 def _read_gpt2(raw: Mapping[str, Any], kind: Architecture, where: Path) -> ModelConfig:
     """Missing keys mean what they mean to transformers."""
-    raw = kind.defaults | dict(raw)
+    raw = {**kind.defaults, **raw}
     dropouts = [raw.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
     if len(set(dropouts)) > 1:
         logger.warning(
@@ -270,7 +270,7 @@ def _read_gpt2(raw: Mapping[str, Any], kind: Architecture, where: Path) -> Model
 
 def _read_llama(raw: Mapping[str, Any], kind: Architecture, where: Path) -> ModelConfig:
     """Missing keys mean what they mean to transformers."""
-    raw = kind.defaults | dict(raw)
+    raw = {**kind.defaults, **raw}
     bias = raw.get("attention_bias", False)
     if raw.get("mlp_bias", False) != bias:
         raise UserError(

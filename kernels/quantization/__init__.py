@@ -52,6 +52,7 @@ __all__ = [
     "quantize_channels",
 ]
 
+_TOGETHER = 2**22  # elements of a matrix
 Method = Literal["nearest", "search", "gptq"]
 
 
@@ -124,19 +125,27 @@ def _independent(
     method: Method,
     importance: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (N, G * block), scales and zero points (N, G), each block for itself."""
-    N, padded = weight.shape
-    blocks = weight.reshape(-1, block)
-    if method == "nearest":
-        found = nearest(blocks, bits=bits, symmetric=symmetric)
-    else:
-        weights = None
-        if importance is not None:
-            missing = padded - importance.shape[0]
-            weights = torch.nn.functional.pad(importance.float(), (0, missing))
-            weights = weights.view(1, -1, block).expand(N, -1, -1).reshape(-1, block)
-        found = search(blocks, weights, bits=bits, symmetric=symmetric)
-    return found.codes.view(N, padded), found.scales.view(N, -1), found.zeros.view(N, -1)
+    """Codes (N, G * block), scales and zero points (N, G), each block for itself.
+
+    Rows are taken some at a time, so that what is made on the way stays small beside the matrix.
+    """
+    padded = weight.shape[1]
+    parts = []
+    for rows in weight.split(max(1, _TOGETHER // padded)):  # type: ignore[no-untyped-call]
+        n, blocks = len(rows), rows.reshape(-1, block)
+        if method == "nearest":
+            found = nearest(blocks, bits=bits, symmetric=symmetric)
+        else:
+            weights = None
+            if importance is not None:
+                missing = padded - importance.shape[0]
+                weights = torch.nn.functional.pad(importance.float(), (0, missing))
+                weights = weights.view(1, -1, block).expand(n, -1, -1).reshape(-1, block)
+            found = search(blocks, weights, bits=bits, symmetric=symmetric)
+        codes = found.codes.to(torch.uint8).view(n, padded)
+        parts.append((codes, found.scales.view(n, -1), found.zeros.view(n, -1)))
+    codes, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+    return codes, scales, zeros
 
 
 def _check_method(method: str, K: int, importance: Tensor | None, hessian: Tensor | None) -> None:

@@ -3,6 +3,7 @@
 Nothing is left behind unless every proof holds.
 """
 
+import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -221,6 +222,7 @@ class _Maker:
 
     def make(self, precision: Precision) -> Variant:
         """Quantise, write and prove one file."""
+        gc.collect()  # the graph of the file before this one: its nodes and values hold each other
         build = Build(self.build.target, notes=self.build.notes.copy(), keep=self.build.keep)
         found = None
         if self.plan.budget is not None and isinstance(precision.layers, BlockFormat):

@@ -52,7 +52,7 @@ __all__ = [
     "quantize_channels",
 ]
 
-_TOGETHER = 2**22  # elements of a matrix
+_TOGETHER = 2**20  # elements of a matrix
 Method = Literal["nearest", "search", "gptq"]
 
 

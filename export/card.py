@@ -67,8 +67,8 @@ def model_card(config: ModelConfig, report: Mapping[str, Any], *, tokenizer: boo
     }
     if measured:
         parts.append("## How good it is\n\n" + _quality(measured))
-    parts += [_mix(name, each["budget"]) for name, each in report["variants"].items()
-              if each.get("budget")]  # fmt: skip
+    parts += [_mix(name, each["search"]) for name, each in report["variants"].items()
+              if each.get("search")]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 

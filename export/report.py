@@ -41,7 +41,7 @@ class Variant:
         return {
             **self.proof.as_dict(),
             "quality": self.quality and self.quality.as_dict(),
-            "budget": self.search and self.search.as_dict(),
+            "search": self.search and self.search.as_dict(),
             "adapters": self.adapters,
             "file": self.file.facts.file,
             "padding": self.file.facts.padding,

@@ -16,7 +16,9 @@ def commands():
     for _, block in BLOCKS:
         for line in block.splitlines():
             if line.startswith("gptopt "):
-                yield shlex.split(line, comments=True)[1:]
+                words = shlex.split(line, comments=True)[1:]
+                count = 2 if " ".join(words[:2]) in VERBS else 1
+                yield [" ".join(words[:count]), *words[count:]]
 
 
 def test_every_command_of_the_readme_is_accepted():

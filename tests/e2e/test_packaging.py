@@ -58,7 +58,8 @@ def test_every_module_of_the_wheel_imports(wheel, tmp_path):
     """With the train and export extras: those of the environment that runs the tests."""
     code = f"import sys; sys.path.insert(0, {str(wheel)!r})\nimport importlib, gptopt\n"
     code += f"assert gptopt.__file__.startswith({str(wheel)!r})\n"
-    code += f"for name in {modules(wheel)!r}: importlib.import_module(name)"
+    names = [name for name in modules(wheel) if name != "gptopt.harness"]  # of the extra eval
+    code += f"for name in {names!r}: importlib.import_module(name)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=tmp_path)
 
 

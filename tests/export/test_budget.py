@@ -204,14 +204,14 @@ def test_an_export_keeps_to_its_budget(root, monkeypatch):
     )  # fmt: skip
     q4 = report["variants"]["q4"]
     assert 0.8 * 60_000 < report["files"][q4["file"]] <= 60_000
-    assert report["variants"]["fp32"]["budget"] is None
-    told = q4["budget"]
+    assert report["variants"]["fp32"]["search"] is None
+    told = q4["search"]
     formats = told["formats"].values()
     assert len({tuple(form.values()) for form in formats}) > 1
     assert told["measured"][-1]["mean_kl"] == pytest.approx(q4["quality"]["mean_kl"])
     assert q4["quality"]["allowed"] == dataclasses.asdict(Allowed())
     written = json.loads((root / "edge" / "report.json").read_text())
-    assert written["variants"]["q4"]["budget"] == told
+    assert written["variants"]["q4"]["search"] == told
     card = (root / "edge" / "README.md").read_text()
     assert "The matrices of `q4` were given formats for bytes=0.06MB: " in card
     assert "](front_q4.svg)" in card

@@ -202,6 +202,8 @@ def test_noise_is_gumbel_and_unrelated_between_its_arguments():
 
 def test_a_masked_model_is_refused(tmp_path):
     model = random_gpt(causal=False, n_layer=1)
-    with pytest.raises(UserError, match="--tokens greedy: a masked language model has no next"):
+    with pytest.raises(
+        UserError, match="--tokens greedy: only a next-token model has a next token"
+    ):
         export_model(model, None, tmp_path / "edge", target=PORTABLE, plan=Plan(tokens="greedy"))
     assert not (tmp_path / "edge").exists()

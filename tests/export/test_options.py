@@ -19,7 +19,7 @@ TOGETHER = {
     },
     "sandwich": {
         "position": "rotary", "rotary_interleaved": True, "n_kv_head": 1, "activation": "geglu",
-        "norm_position": "sandwich", "norm": "rmsnorm", "qk_norm": True,
+        "seed": 3, "norm_position": "sandwich", "norm": "rmsnorm", "qk_norm": True,
     },
     "alibi": {"position": "alibi", "activation": "gelu", "window": 7, "n_head": 6, "n_embd": 48},
     "none": {

@@ -67,7 +67,7 @@ def test_the_configs_name_every_file(edge):
     assert list(told["files"]) == PRECISIONS
     assert told["files"]["q8"] == {
         "file": "onnx/model_quantized.onnx", "cache": "shared", "cache_dtype": "float32",
-        "padding": "any", "scores": "all",
+        "padding": "any", "scores": "all", "tokens": "none",
     }  # fmt: skip
     assert told["files"]["fp16"]["cache_dtype"] == "float16"
     assert config["transformers.js_config"] == {"dtype": "fp32"}
@@ -82,7 +82,7 @@ def test_the_runtime_runs_each_file(edge):
     full = EdgeModel(folder, precision="fp32").forward(ids)[0]
     for name in PRECISIONS:
         logits = EdgeModel(folder, precision=name).forward(ids)[0]
-        assert np.abs(logits - full).max() < 0.3 * np.ptp(full)
+        assert np.abs(logits - full).max() < 0.35 * np.ptp(full)
 
 
 def test_the_stages_are_kept_where_asked_for(edge, root):

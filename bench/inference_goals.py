@@ -56,7 +56,7 @@ _ALL_FP32 = ("llamacpp f32", "ctranslate2 float32", "optimum fp32", "openvino fp
 _OURS = ("fp32", "q8", *_FOUR)
 
 GOALS: tuple[Goal, ...] = (
-    *_both("q4 at equal quality", "q4", 1.25, 1.4, "llamacpp q4_0"),
+    *_both("q4", "q4", 1.25, 1.4, "llamacpp q4_0"),
     *_both("q4, the fastest preset", "q4-fast", 1.5, 1.7, "llamacpp q4_0"),
     *_both("q4, the fastest preset", "q4-fast", 1.5, 1.5, "genai int4"),
     *_both("q8", "q8", 1.2, 1.2, "llamacpp q8_0"),

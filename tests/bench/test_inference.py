@@ -234,9 +234,9 @@ def goals_of(rates):
 
 def test_goals_name_the_preset_that_meets_them_and_what_is_missing():
     found = goals_of({"gptopt a q4": 120.0, "gptopt b q4": 130.0, "llamacpp q4_0": 100.0})
-    short = found["q4 at equal quality", "decode 32+128", "llamacpp q4_0"]
+    short = found["q4", "decode 32+128", "llamacpp q4_0"]
     assert (short["by"], short["value"], short["reached"]) == ("gptopt b q4", 1.3, True)
-    long = found["q4 at equal quality", "decode 896+128", "llamacpp q4_0"]
+    long = found["q4", "decode 896+128", "llamacpp q4_0"]
     assert not long["reached"]
     assert long["short_of"] == pytest.approx(1 - 1.3 / 1.4)
     size = found["size of q4", "disk_mb", None]

@@ -4,8 +4,10 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,17 @@ def stamp() -> dict[str, Any]:
         "versions": dict(_versions(PACKAGES)),
         "commit": _commit(),
     }
+
+
+def command() -> str:
+    """What was typed; of folders of this machine only the last name, for others to read."""
+    return shlex.join(["gptopt", *(_named(word) for word in sys.argv[1:])])
+
+
+def _named(word: str) -> str:
+    """A path, or one given as NAME=PATH, by its last name."""
+    before, equals, path = word.rpartition("=")
+    return before + equals + (Path(path).name if Path(path).is_absolute() else path)
 
 
 def gpu(index: int) -> dict[str, Any]:

@@ -6,8 +6,6 @@ other than the last are left out, because figures of two machines do not compare
 
 import json
 import logging
-import shlex
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from gptopt.bench.limits import Limits
-from gptopt.bench.machine import gpu, stamp
+from gptopt.bench.machine import command, gpu, stamp
 from gptopt.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -79,15 +77,9 @@ def machine_line(bench: str, device: torch.device, limits: Limits) -> Row:
         "gpu": gpu(device.index or 0) if device.type == "cuda" else None,
         "limits": limits.as_json(),
         "bench": bench,
-        "command": _command(),
+        "command": command(),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
     }
-
-
-def _command() -> str:
-    """What was typed; of folders of this machine only the last name, for others to read."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["gptopt", *words])
 
 
 def read_rows(path: Path) -> tuple[Row | None, list[Row]]:

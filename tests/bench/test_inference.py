@@ -256,3 +256,12 @@ def test_goals_are_measured_against_the_fastest_peer_by_time_too():
     one, two = reached(rows, summary)
     assert (one["over"], one["value"], one["reached"]) == ("openvino int4", 0.8, False)
     assert (two["over"], two["value"], two["reached"]) == ("llamacpp q4_0", 2.1, True)
+
+
+def test_a_command_names_no_folder_of_the_machine(monkeypatch):
+    from gptopt.bench import machine
+
+    words = ["gptopt", "bench", "--work", "/a/b/work", "--peer-python", "llamacpp=/c/d/python", "x"]
+    monkeypatch.setattr("sys.argv", words)
+    said = machine.command()
+    assert said == "gptopt bench --work work --peer-python llamacpp=python x"

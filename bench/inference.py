@@ -18,7 +18,7 @@ from typing import Any, TextIO
 from gptopt.bench.inference_goals import reached
 from gptopt.bench.inference_models import make_gpt2
 from gptopt.bench.inference_report import summarise, write_chart, write_table
-from gptopt.bench.machine import command, stamp
+from gptopt.bench.machine import command_line, stamp
 from gptopt.bench.processes import Worker, run_once, wait_for_quiet, worker_command
 from gptopt.config_machine import InferenceOptions
 from gptopt.errors import UserError
@@ -251,7 +251,7 @@ def _measured(
         config = read_json(source / "config.json")
         shape = {key: config[key] for key in ("n_layer", "n_embd", "n_head", "vocab_size")}
         head = {"machine": stamp(), "threads": threads, "anchor": anchor, "shape": shape,
-                "command": command()}  # fmt: skip
+                "command": command_line()}  # fmt: skip
         rows = [head, *({"kind": "agreement", **row} for row in agreement)]
         for row in rows:
             _write(file, row)

@@ -28,7 +28,7 @@ def stamp() -> dict[str, Any]:
     }
 
 
-def command() -> str:
+def command_line() -> str:
     """What was typed; of folders of this machine only the last name, for others to read."""
     return shlex.join(["gptopt", *(_named(word) for word in sys.argv[1:])])
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 import torch
 
 from gptopt.bench.limits import Limits
-from gptopt.bench.machine import command, gpu, stamp
+from gptopt.bench.machine import command_line, gpu, stamp
 from gptopt.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def machine_line(bench: str, device: torch.device, limits: Limits) -> Row:
         "gpu": gpu(device.index or 0) if device.type == "cuda" else None,
         "limits": limits.as_json(),
         "bench": bench,
-        "command": command(),
+        "command": command_line(),
         "date": datetime.now(UTC).isoformat(timespec="minutes"),
     }
 

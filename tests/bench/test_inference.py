@@ -263,5 +263,5 @@ def test_a_command_names_no_folder_of_the_machine(monkeypatch):
 
     words = ["gptopt", "bench", "--work", "/a/b/work", "--peer-python", "llamacpp=/c/d/python", "x"]
     monkeypatch.setattr("sys.argv", words)
-    said = machine.command()
+    said = machine.command_line()
     assert said == "gptopt bench --work work --peer-python llamacpp=python x"

@@ -28,10 +28,10 @@ from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.targets import TARGETS
 from gptopt.model import GPT
+from gptopt.precisions import PRECISIONS
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)

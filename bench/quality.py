@@ -21,10 +21,10 @@ from gptopt.errors import UserError
 from gptopt.export.budget import parse_budget
 from gptopt.export.calibration import Calibration
 from gptopt.export.package import Plan, export_model
-from gptopt.export.precisions import PRECISIONS, Allowed, find_precisions
 from gptopt.export.quality import HeldOut, Quality
 from gptopt.export.texts import MIN_CALIBRATION, MIN_HELD_OUT, read_ids
 from gptopt.log import say
+from gptopt.precisions import PRECISIONS, Allowed, find_precisions
 
 logger = logging.getLogger(__name__)
 

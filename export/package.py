@@ -35,7 +35,6 @@ from gptopt.export.lookups import unfold_lookups
 from gptopt.export.mobile import check_size, write_mobile
 from gptopt.export.next_token import Tokens, add_next_token
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS, Allowed, BlockFormat, Precision, allowed_of
 from gptopt.export.quality import HeldOut
 from gptopt.export.quantize import Known, quantize_graph
 from gptopt.export.reference import Answers
@@ -49,6 +48,7 @@ from gptopt.export.trace import Exportable
 from gptopt.export.validate import prove
 from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
+from gptopt.precisions import PRECISIONS, Allowed, BlockFormat, Precision, allowed_of
 from gptopt.runtime.client_files import check_client_files
 from gptopt.runtime.graph import check_graph
 

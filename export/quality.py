@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gptopt.errors import UserError
-from gptopt.export.precisions import Allowed
 from gptopt.export.stream import Growing, open_graph
 from gptopt.export.texts import MIN_HELD_OUT
 from gptopt.export.trace import Exportable
+from gptopt.precisions import Allowed
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)

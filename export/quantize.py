@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gptopt.export.halves import to_halves
 from gptopt.export.notes import Notes
-from gptopt.export.precisions import BlockFormat, ChannelFormat, Format, Precision
 from gptopt.kernels.quantization import BLOCKS, Blocks, Method, quantize, quantize_channels
+from gptopt.precisions import BlockFormat, ChannelFormat, Format, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class _Stage:
         else:
             readers = product.weight.consumers()
             looked_up = any(looks_up_tokens(node) for node in readers)
-            form = fitting(form, K, looked_up=looked_up)
+            form = form.fitted(K, looked_up=looked_up) or form
             blocks, weights = self._blocks(product, form, looked_up=looked_up)
             kind = "MatMulNBits"
             attributes = {
@@ -271,8 +271,8 @@ class _Stage:
         shared = self.made.get(name)
         if shared is not None and shared[0].columns % shared[0].block == 0:
             return shared
-        block = dividing_block(width, form.block)
-        if block is None or shared is not None:
+        fitted = form.fitted(width, looked_up=True)
+        if fitted is None or shared is not None:
             twice = "stored twice: as floats, and in blocks for the head"
             self.notes.add(
                 STAGE, name, twice if shared else "kept as floats",
@@ -282,7 +282,7 @@ class _Stage:
         as_head = Product(node, table, transposed=True)
         method: Method = "search" if form.method == "gptq" else form.method
         # Rows that are only looked up have no inputs, and no calibration says anything of them.
-        return self._blocks(as_head, replace(form, block=block, method=method), looked_up=True)
+        return self._blocks(as_head, replace(fitted, method=method), looked_up=True)
 
     def _store(self, name: str, tensor: Tensor) -> ir.Value:
         """An initializer of these bytes."""
@@ -292,19 +292,6 @@ class _Stage:
         )
         self.model.graph.register_initializer(value)
         return value
-
-
-def fitting(form: BlockFormat, width: int, *, looked_up: bool) -> BlockFormat:
-    """The format of a matrix that is narrow, or whose rows are looked up as well."""
-    if not looked_up:
-        narrow = min(form.block, *(block for block in BLOCKS if block >= width), BLOCKS[-1])
-        return replace(form, block=narrow)
-    return replace(form, block=dividing_block(width, form.block) or form.block)
-
-
-def dividing_block(width: int, largest: int) -> int | None:
-    """The largest block up to `largest` that divides a width, or None."""
-    return max((b for b in BLOCKS if b <= largest and width % b == 0), default=None)
 
 
 def _is_constant(value: ir.Value | None) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor
 from gptopt.errors import UserError
 from gptopt.export.budget import Budget
 from gptopt.export.calibration import Calibration
-from gptopt.export.precisions import Allowed, BlockFormat, Precision
 from gptopt.export.quality import Quality
-from gptopt.export.quantize import Product, fitting, looks_up_tokens, matrix, products
+from gptopt.export.quantize import Product, looks_up_tokens, matrix, products
 from gptopt.kernels.quantization import dequantize, quantize
+from gptopt.precisions import Allowed, BlockFormat, Precision
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _costs(
     rows = None if table is None or not looked_up else table.diagonal() / len(weight)
     found: dict[BlockFormat, tuple[int, float]] = {}
     for form in candidates:
-        form = fitting(form, weight.shape[1], looked_up=looked_up)
+        form = form.fitted(weight.shape[1], looked_up=looked_up) or form
         if form not in found:
             found[form] = _cost(weight, form, outputs, inputs, rows)
     return [(form, *cost) for form, cost in found.items()]

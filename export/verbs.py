@@ -17,13 +17,6 @@ from gptopt.export.card import proof_table, quality_line
 from gptopt.export.clients import Client, check_clients, client_table, find_clients
 from gptopt.export.mobile import check_target
 from gptopt.export.package import REPORT, Common, Plan, export_model
-from gptopt.export.precisions import (
-    Allowed,
-    BlockFormat,
-    Precision,
-    allowed_of,
-    find_precisions,
-)
 from gptopt.export.quality import HeldOut
 from gptopt.export.reference import Answers
 from gptopt.export.targets import check_precisions, find_targets
@@ -33,6 +26,13 @@ from gptopt.log import say
 from gptopt.lora import merge_lora
 from gptopt.manifest import read_json
 from gptopt.model import GPT
+from gptopt.precisions import (
+    Allowed,
+    BlockFormat,
+    Precision,
+    allowed_of,
+    find_precisions,
+)
 from gptopt.runtime.adapters import adapter_names
 from gptopt.runtime.client_files import check_client_files
 from gptopt.runtime.folder import load_config, load_tokenizer, model_file, verify_folder

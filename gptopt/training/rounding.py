@@ -14,7 +14,6 @@ from torch import Tensor
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError
 from gptopt.kernels.quantization import (
-    BLOCKS,
     dequantize,
     dequantize_channels,
     quantize,
@@ -71,29 +70,18 @@ class Rounding:
         if weight.ndim != 2 or name == "wpe.weight":
             return None
         K = weight.shape[1]
-        if name not in ("wte.weight", "head.weight"):
-            form = self._precision.layers
-            if isinstance(form, ChannelFormat):
-                return _channels
-            return None if form is None else _blocks(form, _product_block(K, form.block))
-        head = self._precision.head
-        if head is None:
-            return None
-        if name == "head.weight":
-            return _blocks(head, _product_block(K, head.block))
-        # Read by rows, and as the head's matrix where that is tied.
-        block = max((b for b in BLOCKS if b <= head.block and K % b == 0), default=None)
-        return None if block is None else _blocks(head, block)
+        # The embedding is read by rows, and as the head's matrix where that is tied.
+        at_the_ends = name in ("wte.weight", "head.weight")
+        form = self._precision.head if at_the_ends else self._precision.layers
+        if isinstance(form, ChannelFormat):
+            return _channels
+        fitted = form and form.fitted(K, looked_up=name == "wte.weight")
+        return None if fitted is None else _blocks(fitted)
 
 
-def _product_block(K: int, block: int) -> int:
-    """A narrow matrix takes the smallest block that holds a row."""
-    return min(block, *(b for b in BLOCKS if b >= K), BLOCKS[-1])
-
-
-def _blocks(form: BlockFormat, block: int) -> _Round:
+def _blocks(form: BlockFormat) -> _Round:
     def rounded(weight: Tensor) -> Tensor:
-        found = quantize(weight.float(), bits=form.bits, block=block, symmetric=form.symmetric)
+        found = quantize(weight.float(), bits=form.bits, block=form.block, symmetric=form.symmetric)
         return dequantize(found).to(weight.dtype)
 
     return rounded

@@ -13,8 +13,8 @@ from gptopt.checkpoint import save_model
 from gptopt.config import ModelConfig
 from gptopt.config_machine import QualityOptions
 from gptopt.errors import UserError
-from gptopt.export.precisions import Allowed
 from gptopt.model import GPT
+from gptopt.precisions import Allowed
 from gptopt.tokenizer import Tokenizer
 
 

@@ -15,8 +15,8 @@ import torch
 from gptopt.export.clients import CLIENTS, check_clients, client_table, find_clients
 from gptopt.export.clients.registry import WEBGPU
 from gptopt.export.package import Plan, export_model
-from gptopt.export.precisions import find_precisions
 from gptopt.export.targets import TARGETS
+from gptopt.precisions import find_precisions
 from gptopt.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "export"))

@@ -18,8 +18,8 @@ from gptopt.export.clients.cpp import INCLUDE, build
 from gptopt.export.clients.environments import browser, node_modules
 from gptopt.export.clients.registry import RUNNERS
 from gptopt.export.package import Plan, export_model
-from gptopt.export.precisions import find_precisions
 from gptopt.export.targets import TARGETS
+from gptopt.precisions import find_precisions
 from gptopt.runtime import EdgeModel
 from gptopt.tokenizer import Tokenizer
 

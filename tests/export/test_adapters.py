@@ -15,7 +15,6 @@ from gptopt.errors import CheckFailed, UserError
 from gptopt.export.adapters import adapters_of, add_slots
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.stream import open_graph
 from gptopt.export.targets import TARGETS
@@ -23,6 +22,7 @@ from gptopt.export.validate import prove
 from gptopt.export.verbs import export, validate
 from gptopt.export.write import save
 from gptopt.lora import begin, lora_parameters
+from gptopt.precisions import PRECISIONS
 from gptopt.runtime import EdgeModel
 
 LLAMA = {

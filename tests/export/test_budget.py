@@ -16,12 +16,12 @@ from gptopt.errors import UserError
 from gptopt.export.budget import Budget, parse_budget
 from gptopt.export.calibration import Calibration
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import Allowed
 from gptopt.export.quality import HeldOut, Quality
 from gptopt.export.search import CANDIDATES, Measured, Mix, pareto_front, search
 from gptopt.export.targets import PORTABLE
 from gptopt.export.verbs import export
 from gptopt.kernels.quantization import dequantize, quantize
+from gptopt.precisions import Allowed
 from gptopt.tokenizer import Tokenizer
 
 

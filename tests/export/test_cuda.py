@@ -11,10 +11,10 @@ from gptopt.errors import CheckFailed
 from gptopt.export import registry
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import ORT_CUDA, STANDARD
+from gptopt.precisions import PRECISIONS
 
 
 def half(**options):

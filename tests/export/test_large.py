@@ -17,7 +17,7 @@ from random_models import random_gpt
 import onnxruntime
 import torch.onnx
 from gptopt.export import export_model, package
-from gptopt.export.precisions import find_precisions
+from gptopt.precisions import find_precisions
 from gptopt.export.validate import Outcome, Proof
 
 def peak():

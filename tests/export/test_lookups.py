@@ -13,7 +13,6 @@ from gptopt.export.bisect import explain
 from gptopt.export.lookups import lookups, unfold_lookups
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import TARGETS
@@ -21,6 +20,7 @@ from gptopt.export.twin import held_by
 from gptopt.export.validate import prove
 from gptopt.export.write import save
 from gptopt.kernels.quantization import dequantize, quantize
+from gptopt.precisions import PRECISIONS
 
 WEB = TARGETS["web"]
 IDS = np.array([[3, 0, 10], [10, 7, 3]])

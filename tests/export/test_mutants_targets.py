@@ -23,10 +23,10 @@ from gptopt.export import prove
 from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.notes import Notes
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.targets import ORT_CPU, PORTABLE
 from gptopt.export.write import save
+from gptopt.precisions import PRECISIONS
 
 FEW = ("prefill", "decode", "left padding", "right padding")
 FACTS = {"portable": PORTABLE.facts("onnx/model.onnx"), "ort-cpu": ORT_CPU.facts("onnx/model.onnx")}

@@ -13,8 +13,8 @@ from gptopt.export import export_model, prove
 from gptopt.export.next_token import add_next_token, noise_of
 from gptopt.export.notes import Notes
 from gptopt.export.package import Plan
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.targets import LEGACY, ORT_CPU, PORTABLE, STANDARD
+from gptopt.precisions import PRECISIONS
 from gptopt.runtime import EdgeModel
 from gptopt.runtime.sampling import probabilities
 

@@ -11,12 +11,12 @@ from gptopt.checkpoint import save_model
 from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import Allowed, allowed_of
 from gptopt.export.quality import HeldOut
 from gptopt.export.targets import PORTABLE
 from gptopt.export.texts import split
 from gptopt.export.verbs import export, validate
 from gptopt.export.write import save
+from gptopt.precisions import Allowed, allowed_of
 from gptopt.runtime.variants import EdgeFile
 from gptopt.tokenizer import Tokenizer
 

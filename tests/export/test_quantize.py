@@ -14,14 +14,7 @@ from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import (
-    PRECISIONS,
-    BlockFormat,
-    ChannelFormat,
-    Precision,
-    find_precisions,
-)
-from gptopt.export.quantize import dividing_block, matrix, products, quantize_graph
+from gptopt.export.quantize import matrix, products, quantize_graph
 from gptopt.export.targets import GROWING, ORT_CPU, PORTABLE
 from gptopt.export.write import save
 from gptopt.kernels.quantization import (
@@ -30,6 +23,13 @@ from gptopt.kernels.quantization import (
     dequantize_channels,
     quantize,
     quantize_channels,
+)
+from gptopt.precisions import (
+    PRECISIONS,
+    BlockFormat,
+    ChannelFormat,
+    Precision,
+    find_precisions,
 )
 from gptopt.runtime.graph import check_graph
 
@@ -208,7 +208,8 @@ def test_a_width_that_no_block_divides_is_stored_twice_and_noted(ids, tmp_path):
     (768, 256, 256), (768, 128, 128), (96, 128, 32), (40, 128, None), (1600, 128, 64),
 ])  # fmt: skip
 def test_the_largest_block_that_divides_is_taken(width, largest, block):
-    assert dividing_block(width, largest) == block
+    fitted = BlockFormat(bits=4, block=largest).fitted(width, looked_up=True)
+    assert (fitted and fitted.block) == block
 
 
 def test_one_layer_can_be_told_apart(llama):

@@ -7,7 +7,6 @@ from random_models import random_gpt
 
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
-from gptopt.export.precisions import PRECISIONS
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.reference import Reference
 from gptopt.export.stream import Claim
@@ -15,6 +14,7 @@ from gptopt.export.targets import PORTABLE
 from gptopt.export.twin import held_by
 from gptopt.export.validate import Outcome, pool, prove
 from gptopt.export.write import save
+from gptopt.precisions import PRECISIONS
 
 LLAMA = {
     "position": "rotary", "norm": "rmsnorm", "activation": "swiglu", "n_kv_head": 2, "bias": False,

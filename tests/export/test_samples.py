@@ -13,9 +13,9 @@ from random_models import random_gpt
 from gptopt.config import SamplingOptions
 from gptopt.errors import CheckFailed
 from gptopt.export.package import Plan, export_model
-from gptopt.export.precisions import find_precisions
 from gptopt.export.samples import SAMPLES
 from gptopt.export.targets import TARGETS
+from gptopt.precisions import find_precisions
 from gptopt.runtime import EdgeModel
 from gptopt.runtime.folder import verify_folder
 from gptopt.tokenizer import Tokenizer

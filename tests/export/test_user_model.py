@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError
 from gptopt.export import export_model, package, prove
-from gptopt.export.precisions import find_precisions
 from gptopt.export.targets import TARGETS
 from gptopt.kernels import attention, ffn, layernorm, rotary
+from gptopt.precisions import find_precisions
 
 CONFIG = ModelConfig(
     n_layer=3, n_head=4, n_kv_head=2, n_embd=32, block_size=64, vocab_size=512, position="rotary"

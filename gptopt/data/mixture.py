@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from gptopt.data.sampler import Sampler
+from gptopt.data.sampler import Int64s, Sampler, SequenceSampler, counter
 from gptopt.data.shards import SPLITS, Dataset, TokenSplit
 from gptopt.errors import UserError
 from gptopt.tokenizer import Tokenizer
-
-Int64s = npt.NDArray[np.int64]
 
 
 class Mixture:
@@ -94,7 +91,7 @@ class Mixture:
         return MixtureSampler(samplers, starts.tolist(), self.weights, batch_size, rank, world)
 
 
-class MixtureSampler:
+class MixtureSampler(SequenceSampler):
     """Blocks of several sources; each has an order, and epochs, of its own.
 
     The next sequence is of the source that is furthest behind its weight, so after n sequences
@@ -110,10 +107,9 @@ class MixtureSampler:
         rank: int,
         world: int,
     ) -> None:
-        assert 0 <= rank < world <= batch_size
+        super().__init__(batch_size, rank, world)
         self._samplers, self._starts = list(samplers), list(starts)
         self._weights = np.asarray(weights, dtype=np.float64)
-        self._batch_size, self._rank, self._world = batch_size, rank, world
         self._taken: Int64s = np.zeros(len(self._samplers), dtype=np.int64)
 
     @property
@@ -123,17 +119,8 @@ class MixtureSampler:
 
     @property
     def position(self) -> int:
-        """Sequences that all ranks together have taken."""
+        """How many sequences all ranks together have taken."""
         return int(self._taken.sum())
-
-    def next(self) -> Int64s:
-        """This rank's next offsets."""
-        return self.part(self.take())
-
-    def part(self, batch: Int64s) -> Int64s:
-        """Which of a whole batch's rows are this rank's."""
-        begin, end = (len(batch) * rank // self._world for rank in (self._rank, self._rank + 1))
-        return batch[begin:end]
 
     def take(self) -> Int64s:
         """The next offsets (batch_size,) of all ranks."""
@@ -146,7 +133,7 @@ class MixtureSampler:
         return self._starts[source] + int(self._samplers[source].take()[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it refers to, ready for JSON."""
+        """The position in each source and what it refers to."""
         return {
             "weights": self._weights.tolist(),
             "taken": self._taken.tolist(),
@@ -154,11 +141,7 @@ class MixtureSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the last block of the sampler that gave this state.
-
-        Raises:
-            UserError: the state belongs to other data, weights, another block size or seed.
-        """
+        """Continue behind the last sequence of the sampler that gave this state."""
         taken, sources = state.get("taken", []), state.get("sources", [])
         fits = state.get("weights") == self._weights.tolist()
         if not (fits and len(taken) == len(sources) == len(self._samplers)):
@@ -168,7 +151,7 @@ class MixtureSampler:
             )
         for sampler, saved in zip(self._samplers, sources, strict=True):
             sampler.load_state_dict(saved)
-        self._taken = np.array(taken, dtype=np.int64)
+        self._taken = np.array([counter("taken", each) for each in taken], dtype=np.int64)
 
 
 def parse_weights(text: str, inputs: Sequence[str]) -> list[float]:

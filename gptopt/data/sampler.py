@@ -29,20 +29,80 @@ def random_words(count: int, *entropy: int) -> npt.NDArray[np.uint64]:
     return np.random.Philox(np.random.SeedSequence(entropy)).random_raw(count)
 
 
-class Order(ABC):
+def counter(key: str, value: object) -> int:
+    """A count of a saved position.
+
+    Raises:
+        UserError: it is none.
+    """
+    if not isinstance(value, int) or value < 0:
+        raise UserError(
+            f"the saved data position has {key}={value!r}, expected a count; "
+            f"continue from another checkpoint"
+        )
+    return value
+
+
+class SequenceSampler(ABC):
+    """Numbers of sequences, a batch at a time, of which each rank takes its part.
+
+    `batch_size` counts the sequences of all ranks together: rank r takes the r-th of `world` parts,
+    as even as can be, so the batches do not depend on how many ranks share them.
+    """
+
+    def __init__(self, batch_size: int, rank: int, world: int) -> None:
+        assert 0 <= rank < world <= batch_size
+        self._batch_size = batch_size
+        self._rank = rank
+        self._world = world
+
+    @property
+    @abstractmethod
+    def epoch(self) -> int:
+        """How many times everything was gone through whole."""
+
+    @property
+    @abstractmethod
+    def position(self) -> int:
+        """How many sequences of this epoch all ranks together have taken."""
+
+    @abstractmethod
+    def take(self) -> Int64s:
+        """The next numbers (batch_size,) of all ranks."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it refers to, ready for JSON. It is the same on every rank."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue behind the last sequence of the sampler that gave this state.
+
+        Batch size and world may differ from then.
+
+        Raises:
+            UserError: the state belongs to other data, another block size, seed or weights.
+        """
+
+    def next(self) -> Int64s:
+        """This rank's next numbers."""
+        return self.part(self.take())
+
+    def part(self, batch: Int64s) -> Int64s:
+        """Which of a whole batch's rows are this rank's."""
+        begin, end = (len(batch) * rank // self._world for rank in (self._rank, self._rank + 1))
+        return batch[begin:end]
+
+
+class Order(SequenceSampler):
     """Numbers of sequences in an order that is shuffled anew in every epoch.
 
-    A batch that reaches the end of an epoch goes on in the next one. `batch_size` counts the
-    sequences of all ranks together: rank r takes the r-th of `world` parts, as even as can be, so
-    the batches do not depend on how many ranks share them.
+    A batch that reaches the end of an epoch goes on in the next one.
     """
 
     def __init__(self, batch_size: int, seed: int, rank: int, world: int) -> None:
-        assert 0 <= rank < world <= batch_size
-        self._batch_size = batch_size
+        super().__init__(batch_size, rank, world)
         self._seed = seed
-        self._rank = rank
-        self._world = world
         self._epoch = 0
         self._position = 0  # sequences of this epoch that all ranks together have taken
         self._order = self._epoch_order(0)
@@ -62,17 +122,8 @@ class Order(ABC):
 
     @property
     def position(self) -> int:
-        """How much of this epoch was taken."""
+        """How many sequences of this epoch all ranks together have taken."""
         return self._position
-
-    def next(self) -> Int64s:
-        """This rank's next numbers."""
-        return self.part(self.take())
-
-    def part(self, batch: Int64s) -> Int64s:
-        """Which of a whole batch's rows are this rank's."""
-        begin, end = (len(batch) * rank // self._world for rank in (self._rank, self._rank + 1))
-        return batch[begin:end]
 
     def take(self) -> Int64s:
         """The next numbers (batch_size,) of all ranks."""
@@ -89,41 +140,25 @@ class Order(ABC):
         return np.concatenate(taken)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it refers to, ready for JSON. It is the same on every rank."""
+        """The position, the epoch and what they refer to."""
         return {**self._identity(), "epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the last block of the sampler that gave this state.
-
-        Batch size and world may differ from then.
-
-        Raises:
-            UserError: the state belongs to other data, another block size or seed.
-        """
+        """Continue behind the last sequence of the sampler that gave this state."""
         for key, value in self._identity().items():
             if state.get(key) != value:
                 raise UserError(
                     f"the saved data position has {key}={state.get(key)!r}, this run has {value!r};"
                     f" continue with the options and the data it was saved with"
                 )
-        order = self._epoch_order(self._counter(state, "epoch"))
-        position = self._counter(state, "position")
+        order = self._epoch_order(counter("epoch", state.get("epoch")))
+        position = counter("position", state.get("position"))
         if position > len(order):
             raise UserError(
                 f"the saved data position {position} is behind its epoch's {len(order)} blocks; "
                 f"continue from another checkpoint"
             )
         self._epoch, self._position, self._order = int(state["epoch"]), position, order
-
-    @staticmethod
-    def _counter(state: dict[str, Any], key: str) -> int:
-        value = state.get(key)
-        if not isinstance(value, int) or value < 0:
-            raise UserError(
-                f"the saved data position has {key}={value!r}, expected a count; "
-                f"continue from another checkpoint"
-            )
-        return value
 
 
 class Sampler(Order):

@@ -8,8 +8,8 @@ from typing import Any
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import ModelConfig, SamplingOptions, TrainOptions
 from gptopt.config_classifier import labels_of
-from gptopt.data import IGNORED, Dataset, Masking, Mixture, Sampler, TokenSplit, open_dataset
-from gptopt.data.mixture import MixtureSampler
+from gptopt.data import IGNORED, Dataset, Masking, Mixture, TokenSplit, open_dataset
+from gptopt.data.sampler import SequenceSampler
 from gptopt.errors import UserError
 from gptopt.evaluate import evaluate_split
 from gptopt.evaluate_masked import score_masked, torch_guesser
@@ -227,7 +227,7 @@ class Masked(NextToken):
 class Blocks:
     """Blocks of text in the sampler's order: rows of T tokens, and the tokens after them."""
 
-    def __init__(self, split: TokenSplit, sampler: Sampler | MixtureSampler, length: int) -> None:
+    def __init__(self, split: TokenSplit, sampler: SequenceSampler, length: int) -> None:
         self.split, self.sampler, self.length = split, sampler, length
 
     def next(self) -> Batch:

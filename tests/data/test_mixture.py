@@ -75,12 +75,14 @@ def test_ranks_share_what_one_would_take():
         assert np.array_equal(np.concatenate(parts), whole.next())
 
 
-@pytest.mark.parametrize("state", [{}, {"weights": [0.5, 0.3, 0.2]}, "weights", "seed"])
+@pytest.mark.parametrize("state", [{}, {"weights": [0.5, 0.3, 0.2]}, "weights", "seed", "taken"])
 def test_a_position_of_another_run_is_refused(state):
     if state == "weights":
         state = sampler(weights=(0.4, 0.4, 0.2)).state_dict()
     elif state == "seed":
         state = sampler(seed=8).state_dict()
+    elif state == "taken":
+        state = sampler().state_dict() | {"taken": [1, "two", 3]}
     with pytest.raises(UserError, match="the saved data position has"):
         sampler().load_state_dict(state)
 

@@ -1,4 +1,4 @@
-"""`gptopt train` in a process that kills itself at a chosen moment, as kill -9 from outside would.
+"""A verb that trains, and kills itself at a chosen moment, as kill -9 from outside would.
 
 python -P -m gptopt.bench.dying '{"step": 7, "micro": 1, "delay_ms": 3, "rank": 0}' train ...
 

@@ -7,6 +7,7 @@ data of the resumed run are compared with those of the straight one.
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -19,13 +20,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gptopt.config import TrainOptions
+from gptopt.bench.machine import stamp
 from gptopt.log import say
 from gptopt.manifest import read_json, write_json, write_text
-from gptopt.training import train
 from gptopt.training.checkpoints import Checkpoints
 from gptopt.training.folder import to_toml
 from gptopt.training.metrics import read_metrics
+from gptopt.verbs import VERBS
 
 SENTENCES = (
     "the cat sat on the mat and looked at the dog. ",
@@ -37,12 +38,20 @@ _MODEL = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": _BLOCK}
 _OPTIONS: dict[str, Any] = {
     "steps": _STEPS, "batch_size": _BATCH, "accumulate": _ACCUMULATE, "warmup_steps": 2,
     "eval_every": 7, "eval_batches": 2, "checkpoint_every": 3, "log_every": 1, "seed": 5,
-    "device": "cpu", "resume": True, "exact": True, "json": True, "data": {"kind": "char"},
+    "device": "cpu", "resume": True, "exact": True, "json": True,
 }  # fmt: skip
+_CHANGED_BY_VERB: dict[str, dict[str, Any]] = {
+    "train": {"data": {"kind": "char"}},
+    "finetune sft": {"init_from": "base"},
+    "finetune classify": {"init_from": "base"},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "dropout": {"model": {"dropout": 0.2}},
     "LoRA": {"lora": {"rank": 2, "dropout": 0.1}, "init_from": "base"},
     "masked LM": {"objective": "masked", "model": {"dropout": 0.1}},
+    "QAT": {"qat": "q4", "model": {"dropout": 0.1}},
+    "replies, packed": {"verb": "finetune sft", "dropout": 0.2},
+    "labels": {"verb": "finetune classify", "dropout": 0.2},
     "DDP, two ranks": {"parallel": "ddp", "batch_size": _BATCH // 2, "model": {"dropout": 0.2}},
     "FSDP2, two ranks": {"parallel": "fsdp", "batch_size": _BATCH // 2, "model": {"dropout": 0.2}},
 }
@@ -84,8 +93,10 @@ class Matrix:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.text = folder / "text.txt"
-        write_text(self.text, "".join(SENTENCES[i * i % 3] for i in range(60)))
+        text = "".join(SENTENCES[i * i % 3] for i in range(60))
+        self._text, self._examples = folder / "text.txt", folder / "examples.jsonl"
+        write_text(self._text, text)
+        write_text(self._examples, "".join(map(_example, text.split())))
         self._straight: dict[str, Path] = {}
 
     def row(self, variant: str, kind: str, seed: int) -> dict[str, Any]:
@@ -93,8 +104,7 @@ class Matrix:
         straight = self.straight(variant)
         out = self.folder / f"{variant}-{kind}-{seed}".replace(" ", "-").replace(",", "")
         ranks = 2 if "parallel" in VARIANTS[variant] else 1
-        blocks = read_json(straight / "blocks.json")["blocks"]
-        kill = moment(kind, blocks, ranks, random.Random(seed))  # noqa: S311 - no secret
+        kill = moment(kind, _sequences(straight), ranks, random.Random(seed))  # noqa: S311 - no secret
         killed = self._run(variant, out, kill)
         if killed == 0:
             raise RuntimeError(f"{variant}, {kind}: the run ended before it was killed at {kill}")
@@ -117,40 +127,57 @@ class Matrix:
             out = self.folder / f"{variant} straight".replace(" ", "-").replace(",", "")
             if self._run(variant, out) != 0:
                 raise RuntimeError(f"{variant}: the run that nobody killed failed")
-            tokens = read_json(out / "data" / "dataset.json")["splits"]["train"]
-            count = sum(shard["tokens"] for shard in tokens)
-            write_json(out / "blocks.json", {"blocks": (count - 1) // _BLOCK})
             self._straight[variant] = out
         return self._straight[variant]
 
     def _run(self, variant: str, out: Path, kill: Kill | None = None) -> int:
         changes = dict(VARIANTS[variant])
-        if "init_from" in changes:
-            changes["init_from"] = str(self._base())
-        ranks = 2 if "parallel" in changes else 1
-        return _train(self.text, out, changes, ranks, kill)
+        verb = changes.pop("verb", "train")
+        values = _OPTIONS | _CHANGED_BY_VERB[verb] | changes | {"out": str(out)}
+        values["inputs"] = [str(self._text if verb == "train" else self._examples)]
+        if "init_from" in values:
+            values["init_from"] = str(self._base())
+        else:
+            values["model"] = _MODEL | changes.get("model", {})
+        return _train(verb, values, 2 if "parallel" in changes else 1, kill)
 
     def _base(self) -> Path:
         base = self.folder / "base"
-        if not base.exists() and _train(self.text, base, {"steps": 2}, 1, None) != 0:
-            raise RuntimeError("the run that makes the base of LoRA failed")
+        values = _OPTIONS | _CHANGED_BY_VERB["train"] | {"steps": 2, "model": _MODEL}
+        values |= {"inputs": [str(self._text)], "out": str(base)}
+        if not base.exists() and _train("train", values, 1, None) != 0:
+            raise RuntimeError("the run that makes the model to start from failed")
         return base
 
 
-def _train(text: Path, out: Path, changes: dict[str, Any], ranks: int, kill: Kill | None) -> int:
-    shape = _MODEL | changes.get("model", {})
-    values = _OPTIONS | changes | {"inputs": [str(text)], "out": str(out)}
-    values |= {} if "init_from" in changes else {"model": shape}
-    options = TrainOptions.model_validate(values)
+def _example(word: str) -> str:
+    """One word, to be spelled to its end or to be called long or short."""
+    label = "long" if len(word) > 3 else "short"
+    told = {"prompt": word[0], "completion": word[1:] or ".", "text": word, "label": label}
+    return json.dumps(told) + "\n"
+
+
+def _sequences(run: Path) -> int:
+    """How many sequences an epoch of a run has."""
+    result = read_json(run / "result.json")
+    if "examples" in result:
+        return int(result.get("blocks", result["examples"]))
+    shards = read_json(run / "data" / "dataset.json")["splits"]["train"]
+    return int(sum(shard["tokens"] for shard in shards) - 1) // _BLOCK
+
+
+def _train(verb: str, values: dict[str, Any], ranks: int, kill: Kill | None) -> int:
+    options, out = VERBS[verb].options_class.model_validate(values), Path(values["out"])
     if kill is None and ranks == 1:
-        train(options)
+        module, _, name = VERBS[verb].function.partition(":")
+        getattr(importlib.import_module(module), name)(options)
         return 0
     config = out.with_name(f"{out.name}.toml")
     write_text(config, to_toml(options.model_dump(mode="json", by_alias=True, exclude_unset=True)))
     never = Kill(-1, 0, 0.0, 0)
     command = [
         sys.executable, "-P", "-m", "gptopt.bench.dying", json.dumps((kill or never)._asdict()),
-        "train", "--config", str(config),
+        *verb.split(), "--config", str(config),
     ]  # fmt: skip
     if ranks > 1:
         launcher = [sys.executable, "-P", "-m", "torch.distributed.run", "--no-python"]
@@ -196,7 +223,7 @@ def main() -> int:
     """Make the whole table; 1 where a row is not equal."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results/resume.json"))
-    parser.add_argument("--tries", type=int, default=1, help="kills of each kind and variant")
+    parser.add_argument("--tries", type=int, default=3, help="kills of each kind and variant")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
@@ -207,7 +234,7 @@ def main() -> int:
                 for seed in range(chosen.tries):
                     rows.append(matrix.row(variant, kind, seed))
                     say(_shown(rows[-1]))
-    write_json(chosen.out, {"rows": rows})
+    write_json(chosen.out, {"rows": rows, "machine": stamp()})
     return int(not all(row["equal"] for row in rows))
 
 

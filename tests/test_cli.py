@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,15 @@ def test_help_is_instant_and_imports_no_torch(verb):
     assert "usage: gptopt" in done.stdout
     # Processor time, not the clock's: what else the machine does must not fail this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_verbs_function_is_not_hidden_by_a_module_of_its_name(verb):
+    """Importing pkg.name sets pkg's attribute `name`: the second call would find a module."""
+    module, _, name = VERBS[verb].function.partition(":")
+    folder = Path(*module.split(".")[1:])
+    beside = Path(cli.__file__).parent / folder / f"{name}.py"
+    assert not beside.exists()
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -19,7 +19,7 @@ def sft(options: SftOptions) -> dict[str, Any]:
     Raises:
         UserError, Diverged, Interrupted: as `gptopt.training.train`.
     """
-    from gptopt.finetune.sft import Replies
+    from gptopt.finetune.replies import Replies
     from gptopt.training.run import run
 
     return run(Replies(options))
@@ -37,7 +37,7 @@ def classify(options: ClassifyOptions) -> dict[str, Any]:
     Raises:
         UserError, Diverged, Interrupted: as `gptopt.training.train`.
     """
-    from gptopt.finetune.classify import Labels
+    from gptopt.finetune.labelling import Labels
     from gptopt.training.run import run
 
     return run(Labels(options))

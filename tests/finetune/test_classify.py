@@ -166,7 +166,7 @@ def test_labels_only_in_the_validation_data_name_their_line(classify_options, wr
 
 def test_rare_labels_count_more_when_balanced(classify_options, write):
     rows = [{"text": "the cat meows.", "label": "a"}] * 9 + [{"text": "what?", "label": "b"}]
-    from gptopt.finetune.classify import Labels
+    from gptopt.finetune.labelling import Labels
 
     options = classify_options(write(*rows), class_weights="balanced", val_fraction=0.0)
     objective = Labels(options)

@@ -332,7 +332,7 @@ def _takes_none(field: "FieldInfo") -> bool:
 def _explain(name: str, error: "ValidationError", sources: dict[str, str], file: str | None) -> str:
     """One line for the first of pydantic's complaints."""
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(part for part in first["loc"] if isinstance(part, str))  # no place in a list
     flag = "--" + key.replace("_", "-")
     where = f"{file}: {key}" if sources.get(key) == "file" else f"gptopt {name}: {flag}"
     if first["type"] == "missing":

@@ -210,9 +210,13 @@ class LoopOptions(Options):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="shape of the learning rate after the warm-up"
     )
+    optimiser: Literal["adamw", "muon"] = Field(
+        "adamw", description="update rule (muon: of the blocks' matrices; the rest keeps adamw)"
+    )
     weight_decay: float = Field(0.1, ge=0, description="decay of matrices and embeddings")
     beta1: Fraction = Field(0.9, description="AdamW beta1")
     beta2: Fraction = Field(0.95, description="AdamW beta2")
+    momentum: Fraction = Field(0.95, description="Muon momentum")
     grad_clip: float = Field(1.0, ge=0, description="largest gradient norm (0: no clipping)")
     label_smoothing: Fraction = Field(0.0, description="label smoothing of the loss")
     eval_every: int = Field(250, ge=0, description="steps between evaluations (0: only at the end)")
@@ -239,6 +243,10 @@ class LoopOptions(Options):
         None, description="train for an export in this precision, such as q4: its rounding is felt"
     )
     lora: LoraOptions = Field(default_factory=LoraOptions, description="a LoRA adapter")
+    track: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list,
+        description="tell tensorboard, wandb or trackio what metrics.jsonl says; repeat for more",
+    )
     json_output: bool = Field(False, alias="json", description="print one JSON object on stdout")
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from gptopt.training.session import Session
 from gptopt.training.signals import SignalCame, Signals
 from gptopt.training.state import Todo
 from gptopt.training.step import Stepper
+from gptopt.training.trackers import Trackers
 
 logger = logging.getLogger(__name__)
 
@@ -24,15 +25,16 @@ class Trainer:
     Args:
         session: the run.
         peak: measured matmul peak in operations per second, None where unknown.
+        trackers: hear what metrics.jsonl gets.
     """
 
-    def __init__(self, session: Session, peak: float | None) -> None:
+    def __init__(self, session: Session, peak: float | None, trackers: Trackers) -> None:
         self.session = session
         self.options = session.options
         self.state = session.state
         self.stepper = Stepper(session)
         self.report = Report(session, self.stepper, peak)
-        self.metrics = Metrics(session.out)
+        self.metrics, self.trackers = Metrics(session.out), trackers
         self.signals = Signals(patient=session.world.size > 1)
         self._todo: Todo | None = None  # what is not done yet of the step just taken
         self._saved_step = self.state.step
@@ -116,6 +118,7 @@ class Trainer:
                 best = self._evaluate(todo.line)
             if self.session.world.is_first:
                 self.metrics.append(todo.line)
+                self.trackers.log(todo.line)
                 self._show(todo.line)
         self._todo = self.state.todo = Todo(None, False, True) if todo.sample else None
         if best:

@@ -25,6 +25,7 @@ from gptopt.training.session import Session, open_session
 from gptopt.training.spikes import SPIKES
 from gptopt.training.state import load_state
 from gptopt.training.step import DIVERGED
+from gptopt.training.trackers import Trackers, require_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def run(objective: Objective) -> dict[str, Any]:
 
 def _take_folder(options: LoopOptions, out: Path, held: contextlib.ExitStack) -> str | None:
     """Hold the run folder until `held` is closed; the name of the checkpoint to resume."""
+    require_trackers(options.track)
     refuse_foreign(out)
     held.enter_context(hold_lock(out))
     held.enter_context(log_to_file(out))
@@ -101,8 +103,10 @@ def _train(
     try:
         session = open_session(objective, out, checkpoint, world)
         peak = matmul_peak(session.device, session.dtype) if world.is_first else None
-        world.on_first(lambda: _prepare_folder(session, checkpoint, peak))
-        Trainer(session, peak and peak * world.size).run()
+        first_step = world.on_first(lambda: _prepare_folder(session, checkpoint, peak))
+        with Trackers() as trackers:
+            world.on_first(lambda: trackers.start(session.options, out, first_step=first_step))
+            Trainer(session, peak and peak * world.size, trackers).run()
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
@@ -113,8 +117,12 @@ def _train(
     return world.on_first(lambda: _write_result(session, checkpoint))
 
 
-def _prepare_folder(session: Session, checkpoint: Path | None, peak: float | None) -> None:
-    """What a run folder says before its first step, of this start and no earlier one."""
+def _prepare_folder(session: Session, checkpoint: Path | None, peak: float | None) -> int:
+    """What a run folder says before its first step, of this start and no earlier one.
+
+    Returns:
+        The first step whose line is still to be written; 0 for a fresh run.
+    """
     out, state = session.out, session.state
     here = environment(session.device, session.dtype, session.options, peak, session.world)
     if checkpoint is None:
@@ -131,6 +139,7 @@ def _prepare_folder(session: Session, checkpoint: Path | None, peak: float | Non
     for name in (METRICS, SPIKES):
         Metrics(out, name).truncate(first_dropped)
     _introduce(session, checkpoint)
+    return first_dropped
 
 
 _BITS = (

@@ -78,6 +78,8 @@ def flags(options) -> Callable[..., list[str]]:
             flag = "--" + key.replace("_", "-")
             if value is True:
                 arguments.append(flag)
+            elif isinstance(value, list):
+                arguments += [word for each in value for word in (flag, str(each))]
             elif value is not None and value is not False:
                 arguments += [flag, str(value)]
         return arguments

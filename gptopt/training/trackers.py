@@ -95,7 +95,6 @@ class _Wandb:
             config=start.options,
             settings={"console": "off"},  # metrics are asked for, not what the terminal shows
         )
-        logger.info("wandb: %s", self._run.url or f"offline, in {start.out / 'wandb'}")
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)

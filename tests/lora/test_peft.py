@@ -9,8 +9,8 @@ from lora_models import trained
 from gptopt.checkpoint import load_model
 from gptopt.lora import merge_lora
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
 
 @pytest.fixture(autouse=True)

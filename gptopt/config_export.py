@@ -49,7 +49,8 @@ class ExportOptions(Options):
     tokens: Literal["none", "greedy", "sample"] = Field(
         "none",
         description="let the graph choose the next token too, as an output beside the scores: the "
-        "likeliest, or drawn by its inputs seed, temperature, top_k and top_p",
+        "likeliest, or drawn by its inputs seed, temperature, top_k and top_p; gptopt run "
+        "leaves it aside and draws from the scores, as gptopt generate does",
     )
     ort_mobile: bool = Field(
         False,

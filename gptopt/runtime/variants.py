@@ -29,7 +29,9 @@ class EdgeFile(BaseModel):
         cache_dtype: of keys and values; none: that of the logits.
         padding: "any", or "right": a row's tokens lie at the beginning of its part of the cache.
         scores: of "all" positions, or of the "last" one only.
-        tokens: how the graph itself chooses the next token, its output next_tokens, if at all.
+        tokens: how the graph itself chooses the next token, its output next_tokens, if at all. It
+            is for other clients: EdgeModel draws from the scores, by options that the graph lacks
+            and with the numbers that the PyTorch model draws with.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

@@ -35,6 +35,18 @@ def folder(tmp_path_factory):
     return model, path, export_model(model, None, path, plan=plan)
 
 
+def test_the_runtime_draws_from_the_scores_as_without_that_output(folder, tmp_path):
+    model, path, _ = folder
+    export_model(model, None, tmp_path / "plain")
+    options = SamplingOptions(max_new_tokens=24, temperature=1.5, min_p=0.01, seed=7)
+    said, wanted = (
+        EdgeModel(each, threads=1).generate([[5, 17], [900]], options)
+        for each in (path, tmp_path / "plain")
+    )
+    assert said == wanted
+    assert len({*said[0], *said[1]}) > 24
+
+
 def session_of(path):
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

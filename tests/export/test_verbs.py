@@ -2,10 +2,12 @@
 
 import json
 
+import onnx
 import pytest
 from random_models import random_gpt
 
 from gptopt.checkpoint import save_model
+from gptopt.cli import main
 from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export.verbs import export, validate
@@ -77,3 +79,20 @@ def test_export_refuses_an_existing_folder_before_it_reads_the_model(folders):
     root, _ = folders
     with pytest.raises(UserError, match="exists already"):
         export(ExportOptions(model="no such model", out=str(root / "edge")))
+
+
+def test_stages_and_chosen_tokens_are_asked_for_on_the_command_line(folders, tmp_path, capsys):
+    root, _ = folders
+    edge, stages = tmp_path / "edge", tmp_path / "stages"
+    arguments = ["export", str(root / "model"), "--out", str(edge), "--keep-stages", str(stages)]
+    assert main([*arguments, "--tokens", "greedy", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["next_tokens"]["agreeing"] == report["next_tokens"]["tokens"] > 0
+    outputs = [value.name for value in onnx.load(edge / "onnx" / "model.onnx").graph.output]
+    assert (outputs[0], outputs[-1]) == ("logits", "next_tokens")
+    names = {path.name for path in stages.iterdir()}
+    assert names == {
+        f"portable-{stage}.onnx" for stage in ("lower", "clean", "fuse", "next-token")
+    }  # fmt: skip
+    assert main([*arguments[:4], "--tokens", "likeliest"]) == 2
+    assert "--tokens" in capsys.readouterr().err

@@ -1,10 +1,15 @@
 """Runs small enough that a test can afford several of them."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from rank import Ranks
 
 from gptopt.config import TrainOptions
 
@@ -85,3 +90,11 @@ def flags(options) -> Callable[..., list[str]]:
         return arguments
 
     return make
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Two processes that train together what they are told, time and again."""
+    two = Ranks(2)
+    yield two
+    two.close()

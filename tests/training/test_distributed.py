@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rank import results
 from safetensors.torch import load_file
 
 from gptopt.checkpoint import load_model
@@ -24,58 +24,6 @@ from gptopt.training.distributed import Group, Launch, micro_batches, rank_devic
 from gptopt.training.metrics import read_metrics
 from gptopt.training.pretraining import NextToken
 from gptopt.training.sharded import ShardReader, load_sharded
-
-RANK = Path(__file__).with_name("rank.py")
-
-
-class Ranks:
-    """Processes that take part in runs, one after another."""
-
-    def __init__(self, size):
-        self.size = size
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, "-P", str(RANK)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            )
-            for _ in range(size)
-        ]  # fmt: skip
-
-    def train(self, options, **changes):
-        """Each rank's answer."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank, process in enumerate(self.processes):
-            environment = {
-                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.size,
-                "LOCAL_WORLD_SIZE": self.size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            }  # fmt: skip
-            case = {
-                "environment": {key: str(value) for key, value in environment.items()},
-                "options": options.model_dump(mode="json", by_alias=True, exclude_unset=True),
-                "changes": changes,
-            }
-            process.stdin.write(json.dumps(case) + "\n")
-            process.stdin.flush()
-        return [json.loads(process.stdout.readline()) for process in self.processes]
-
-    def close(self):
-        for process in self.processes:
-            process.kill()
-            process.communicate()
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    two = Ranks(2)
-    yield two
-    two.close()
-
-
-def results(answers):
-    assert all("result" in answer for answer in answers), answers
-    return [answer["result"] for answer in answers]
 
 
 def losses(run):

@@ -110,6 +110,12 @@ _Q4 = BlockFormat(bits=4, block=64, method="gptq")
 # The table is as large as seven layers of a GPT-2, and its errors are seen twice.
 _Q4_HEAD = BlockFormat(bits=4, block=32, symmetric=False, method="gptq")
 _WIDE = BlockFormat(bits=4, block=128, method="gptq")
+# Errors of the first block's queries, keys and values go through everything behind them: in four
+# bits they were more of what a trained model lost than all its other layers together
+# (bench/results/quality.json measures the files).
+_FIRST: Mapping[str, Format | None] = {
+    "blocks.0.attn.qkv.weight": BlockFormat(bits=8, block=128, method="gptq")
+}
 
 # Tens of times what a small, briefly trained model loses (bench/results/quality.json): the longer
 # a model is trained, the more it loses. Not a grade, but a limit beyond which something is wrong.
@@ -128,18 +134,20 @@ PRECISIONS = {
             name="q8", suffix="_quantized", layers=ChannelFormat(),
             head=BlockFormat(bits=8, block=128), allowed=_EIGHT,
         ),
-        Precision(name="q4", suffix="_q4", layers=_Q4, head=_Q4_HEAD, allowed=_FOUR),
+        Precision(
+            name="q4", suffix="_q4", layers=_Q4, head=_Q4_HEAD, overrides=_FIRST, allowed=_FOUR
+        ),
         Precision(
             name="q4-fast", suffix="_q4_fast", layers=_WIDE, head=_WIDE, allowed=_FOUR
         ),
         Precision(
-            name="q4f16", suffix="_q4f16", layers=_Q4, head=_Q4_HEAD, floats="float16",
-            allowed=_FOUR,
+            name="q4f16", suffix="_q4f16", layers=_Q4, head=_Q4_HEAD, overrides=_FIRST,
+            floats="float16", allowed=_FOUR,
         ),
         Precision(
             name="q2", suffix="_q2",
             layers=BlockFormat(bits=2, block=32, symmetric=False, method="gptq"), head=_Q4_HEAD,
-            allowed=_TWO,
+            overrides=_FIRST, allowed=_TWO,
         ),
     )
 }  # fmt: skip

@@ -72,7 +72,8 @@ class Rounding:
         K = weight.shape[1]
         # The embedding is read by rows, and as the head's matrix where that is tied.
         at_the_ends = name in ("wte.weight", "head.weight")
-        form = self._precision.head if at_the_ends else self._precision.layers
+        usual = self._precision.head if at_the_ends else self._precision.layers
+        form = self._precision.overrides.get(name, usual)
         if isinstance(form, ChannelFormat):
             return _channels
         fitted = form and form.fitted(K, looked_up=name == "wte.weight")

@@ -228,6 +228,15 @@ def test_one_layer_can_be_told_apart(llama):
     assert [node.inputs[1].name for node in eight] == ["blocks.1.ffn.down.weight.codes"]
 
 
+@pytest.mark.parametrize("name", ["q4", "q4f16", "q2"])
+def test_the_first_queries_keys_and_values_keep_eight_bits(llama, name):
+    _, graph = llama
+    products = [n for n in quantize_graph(graph, PRECISIONS[name], Notes()).graph
+                if n.op_type == "MatMulNBits"]  # fmt: skip
+    eight = [n.inputs[1].name for n in products if n.attributes["bits"].as_int() == 8]
+    assert eight == ["blocks.0.attn.qkv.weight.codes"]
+
+
 @pytest.mark.parametrize("name", ["q4", "q8", "fp16", "q4f16"])
 def test_the_graph_that_came_in_stays_as_it_was(llama, name, ids, tmp_path):
     _, graph = llama

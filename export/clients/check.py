@@ -1,18 +1,18 @@
 """A folder in its clients: what each says is judged by the model, as in the proof."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptopt.export.clients.limits import Limit, known_limit
+from gptopt.export.clients.limits import RIGHT_ONLY, Limit, known_limit
 from gptopt.export.clients.registry import Client, ask
-from gptopt.export.reference import Reference
+from gptopt.export.reference import Doubles, Reference
 from gptopt.export.stream import Claim
 from gptopt.export.twin import held_by
-from gptopt.export.validate import band_of, judge
+from gptopt.export.validate import Outcome, band_of, judge, pool
 from gptopt.model import GPT
 from gptopt.runtime.folder import load_config, model_file
 from gptopt.runtime.variants import choose
@@ -101,11 +101,28 @@ def check_clients(
             pictures.mkdir(parents=True, exist_ok=True)
             picture = pictures / f"{client.name}-{folder.name}-{played.precision}.png"
         answer = ask(client, played.request(names), picture)
-        for name in names:
-            one = Said(client=client.name, case=name, version=answer["version"])
-            played.judge(one, answer["cases"].get(name, {"error": "no answer"}))
-            said.append(one)
+        own = [Said(client=client.name, case=name, version=answer["version"]) for name in names]
+        played.judge(own, answer["cases"])
+        said += own
     return said
+
+
+@dataclass(slots=True)
+class _Heard:
+    """What a client said in full, beside what the model says.
+
+    Attributes:
+        outcome: of the logits behind the prompts.
+        wanted: how many new tokens were asked for.
+        rows: new tokens of each prompt, none of a masked language model.
+        scores: the model's at each of them, (tokens, V) by row.
+    """
+
+    said: Said
+    outcome: Outcome
+    wanted: int
+    rows: list[list[int]]
+    scores: list[Doubles]
 
 
 class _Play:
@@ -134,6 +151,7 @@ class _Play:
             "folder": str(self.folder.absolute()),
             "file": self.file.file,
             "precision": self.precision,
+            "cache": self.file.cache,
             "external": self._external,
             "pad_id": self._tokenizer.pad_id,
             "threads": _THREADS,
@@ -170,59 +188,79 @@ class _Play:
     def _control(self) -> set[int]:
         return {self._tokenizer.bos_id, self._tokenizer.eos_id, self._tokenizer.pad_id}
 
-    def judge(self, said: Said, answer: dict[str, Any]) -> None:
-        """Fill in what a client said."""
-        if "error" in answer:
+    def judge(self, said: Sequence[Said], answers: Mapping[str, dict[str, Any]]) -> None:
+        """Fill in what a client said, case by case.
+
+        PyTorch's error, from which the budget follows, is that of prompts and new tokens alike; for
+        a file that rounds what it computes with, the largest of all cases, as in the proof.
+        """
+        heard = []
+        for each in said:
+            found = self._hear(each, answers.get(each.case, {"error": "no answer"}))
+            heard += [] if found is None else [found]
+        if self._held.products or self._held.cache:
+            pool([each.outcome for each in heard])
+        for each in heard:
+            self._judge_logits(each)
+            self._judge_tokens(each)
+
+    def _hear(self, said: Said, answer: dict[str, Any]) -> _Heard | None:
+        """An answer beside the model's; None, and the reason in `said`, where it is none."""
+        if said.case == "left padding" and self.file.padding == "right":
+            said.error = RIGHT_ONLY
+        elif "error" in answer:
             said.error = " ".join(str(answer["error"]).split())[:600]
-            return
+        if said.error is not None:
+            return None
         case = self._case(said.case)
         prompts = case.get("prompts") or [self._tokenizer.encode(case["text"])]
         if answer.get("prompts", prompts) != prompts:
             said.error = f"the text became {answer['prompts'][0]}, expected {prompts[0]}"
-            return
+            return None
         rows = [self._until_end(row) for row in answer["tokens"]]
         if len(rows) != len(prompts) or not (all(rows) or said.case == MASKED):
             said.error = f"{len(rows)} rows, some empty perhaps; expected {len(prompts)} texts"
-            return
-        claims = []
+            return None
+        if "text" in case and answer["text"] != case["text"]:
+            said.error = f"the text came back as {answer['text']!r}"
+        claims, new = [], []
         for index, (prompt, row) in enumerate(zip(prompts, answer["logits"], strict=True)):
             scored = len(prompt) if said.case == MASKED else 1
             logits = np.asarray(row, np.float32).reshape(scored, -1)
             first = len(prompt) - scored
-            claims.append(
-                Claim(tokens=tuple(prompt), first=first, logits=logits, row=index, offset=0)
-            )
+            claims.append(Claim(tuple(prompt), first, logits, row=index, offset=0))
+            if rows[index]:
+                text, none = (*prompt, *rows[index][:-1]), np.zeros((0, 0), np.float32)
+                new.append(Claim(text, len(prompt) - 1, none, row=index, offset=0))
         outcome = judge(said.case, claims, self._reference.expect(claims), band_of(self._held))
+        expected = self._reference.expect(new)
+        errors = [float(np.abs(single - double).max()) for double, single in expected]
+        outcome.settle(max([outcome.torch_error, *errors]))
+        return _Heard(said, outcome, case["tokens"], rows, [each.double for each in expected])
+
+    def _judge_logits(self, heard: _Heard) -> None:
+        said, outcome = heard.said, heard.outcome
         said.max_abs_error, said.budget = outcome.max_abs_error, outcome.budget
-        if not outcome.passed:
+        if not outcome.passed and said.error is None:
             said.error = f"logit error {said.max_abs_error:.2e}, budget {said.budget:.2e}"
-        if said.case == MASKED:
-            return
-        for index, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-            self._judge_tokens(said, index, prompt, row, case["tokens"])
-        said.distinct = len({token for row in rows for token in row})
-        if "text" in case and answer["text"] != case["text"]:
-            said.error = said.error or f"the text came back as {answer['text']!r}"
 
     def _until_end(self, row: Sequence[int]) -> list[int]:
         end = self._tokenizer.eos_id
         return list(row[: row.index(end) + 1] if end in row else row)
 
-    def _judge_tokens(
-        self, said: Said, index: int, prompt: list[int], row: list[int], wanted: int
-    ) -> None:
+    def _judge_tokens(self, heard: _Heard) -> None:
         """Tokens of a quantised file are counted only: they say which way many roundings went."""
-        text = (*prompt, *row[:-1])
-        none = np.zeros((len(row), 0), np.float32)
-        claim = Claim(row=index, tokens=text, first=len(prompt) - 1, logits=none, offset=0)
-        (expected,) = self._reference.expect([claim])
-        said.tokens += len(row)
-        for at, (token, scores) in enumerate(zip(row, expected.double, strict=True)):
-            if token == int(scores.argmax()):
-                said.agreeing += 1
-            elif scores.max() - scores[token] <= said.budget:
-                said.near_ties += 1
-            elif self._held.exact and said.error is None:
-                said.error = f"another token at {at} of row {index}"
-        if len(row) < wanted and row[-1] != self._tokenizer.eos_id and said.error is None:
-            said.error = f"{len(row)} tokens in row {index}, expected {wanted}"
+        said = heard.said
+        said.distinct = len({token for row in heard.rows for token in row})
+        for index, (row, scores) in enumerate(zip(heard.rows, heard.scores, strict=False)):
+            said.tokens += len(row)
+            for at, (token, own) in enumerate(zip(row, scores, strict=True)):
+                if token == int(own.argmax()):
+                    said.agreeing += 1
+                elif own.max() - own[token] <= said.budget:
+                    said.near_ties += 1
+                elif self._held.exact and said.error is None:
+                    said.error = f"another token at {at} of row {index}"
+            ended = row[-1] == self._tokenizer.eos_id
+            if len(row) < heard.wanted and not ended and said.error is None:
+                said.error = f"{len(row)} tokens in row {index}, expected {heard.wanted}"

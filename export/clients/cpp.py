@@ -74,10 +74,10 @@ def main(request_path: str, result_path: str) -> int:
     """Play a request; the program's own words go to stderr."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
     command = [clients_folder() / "cpp" / "onnxruntime", Path(request["folder"], request["file"])]
+    command += [str(request["threads"]), request["cache"]]
     done = subprocess.run(
-        [*command, str(request["threads"])], input=_words(request["cases"]), text=True,
-        stdout=subprocess.PIPE, check=False,
-    )  # fmt: skip
+        command, input=_words(request["cases"]), text=True, stdout=subprocess.PIPE, check=False
+    )
     Path(result_path).write_text(done.stdout, encoding="utf-8")
     return done.returncode
 

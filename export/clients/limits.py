@@ -12,19 +12,20 @@ class Limit:
 
     Attributes:
         name: as it stands in tests/clients_matrix.toml.
-        client: who has it.
+        client: who has it; None: every one, for it is the file's.
         evidence: what the client's error holds, all of it.
         cases: where it shows.
         reason: for whoever meets it.
     """
 
     name: str
-    client: str
+    client: str | None
     evidence: tuple[str, ...]
     cases: tuple[str, ...]
     reason: str
 
 
+RIGHT_ONLY = "its rows are padded on the right only"  # the one that check.py finds itself
 _EVERY = ("greedy", "left padding", "right padding", "text")
 _TJS, _TJS_WEB, _TJS_GPU = "transformers.js", "transformers.js-web", "transformers.js-webgpu"
 LIMITS = (
@@ -71,13 +72,29 @@ LIMITS = (
         ("masked",),
         "feeds no position_ids to masked language models; use its ORTModelForCustomTasks",
     ),
+    *(
+        Limit(
+            "no static cache", client, ("TensorScatter", "exceeds max_sequence_length (0)"), _EVERY,
+            "lets every cache grow from nothing; use --target standard-growing",
+        )
+        for client in ("optimum", _TJS, _TJS_WEB)
+    ),
+    Limit(
+        "no TensorScatter", "openvino", ("No conversion rule", "TensorScatter"), _EVERY,
+        "converts no TensorScatter; use --target standard-growing",
+    ),
+    Limit(
+        "right padding only", None, (RIGHT_ONLY,), _EVERY[1:2],
+        "a file of --target ort-cpu or ort-cuda reads rows padded on the left wrongly; use "
+        "--target portable for batches",
+    ),
 )  # fmt: skip
 
 
 def known_limit(client: str, case: str, error: str) -> Limit | None:
     """The limit that an error is an instance of, or None."""
     for limit in LIMITS:
-        fits = limit.client == client and case in limit.cases
+        fits = limit.client in (client, None) and case in limit.cases
         if fits and all(words in error for words in limit.evidence):
             return limit
     return None

@@ -109,9 +109,10 @@ def ask(client: Client, request: dict[str, Any], picture: Path | None = None) ->
 
     Args:
         client: the program.
-        request: "folder", "file", "precision", "external" (names of the files with its weights),
-            "pad_id", "threads", "causal", and "cases": each with "name", "tokens", and either
-            "prompts" (token ids) with "padding" ("left" or "right"), or "text".
+        request: "folder", "file", "precision", "cache" (EdgeFile's), "external" (names of the files
+            with its weights), "pad_id", "threads", "causal", and "cases": each with "name",
+            "tokens", and either "prompts" (token ids) with "padding" ("left" or "right"), or
+            "text".
         picture: where a browser's screenshot goes.
 
     Returns:

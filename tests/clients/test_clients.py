@@ -16,7 +16,9 @@ from gptopt.export.clients.environments import FOLDER, PYTHON, browser, python_o
 from gptopt.export.clients.limits import known_limit
 from gptopt.export.clients.registry import RUNNERS, WEBGPU
 from gptopt.export.folder import GraphFile, write_configs
-from gptopt.export.package import export_model
+from gptopt.export.package import Plan, export_model
+from gptopt.export.targets import ORT_CPU, STANDARD
+from gptopt.precisions import PRECISIONS
 from gptopt.runtime.variants import EdgeFile
 from gptopt.tokenizer import Tokenizer
 
@@ -98,6 +100,33 @@ def test_of_a_masked_language_model_every_position_is_judged(masked, tmp_path):
     client = made_up(HONEST.replace(lie, f"{lie}[::-1]"), tmp_path)
     (said,) = check_clients(*masked, [client])
     assert "logit error" in said.error
+
+
+def test_a_file_that_rounds_is_given_the_largest_error_of_all_cases(exported, tmp_path):
+    """Alone, the prompt of one case differs from PyTorch by what the draws of few roundings are."""
+    folder = tmp_path / "q8"
+    export_model(exported[1], Tokenizer.load(exported[0]), folder, plan=Plan([PRECISIONS["q8"]]))
+    said = check_clients(folder, exported[1], [made_up(HONEST, tmp_path)], tokens=8)
+    assert all(each.passed for each in said), client_table(said)
+    assert max(each.budget for each in said) < 1.02 * min(each.budget for each in said)
+    lie = made_up(HONEST.replace("first.astype", "(1.1 * first).astype"), tmp_path)
+    assert not any(each.passed for each in check_clients(folder, exported[1], [lie], tokens=8))
+
+
+def test_what_a_target_does_not_do_is_listed_and_no_failure(exported, tmp_path):
+    folder = tmp_path / "ort-cpu"
+    export_model(exported[1], Tokenizer.load(exported[0]), folder, target=ORT_CPU)
+    said = check_clients(folder, exported[1], [made_up(HONEST, tmp_path)], tokens=8)
+    assert [each.limit and each.limit.name for each in said] == [None, "right padding only", None]
+    assert "known limit: a file of --target ort-cpu" in client_table(said)
+    assert "FAILED" not in client_table(said)
+
+
+def test_a_static_cache_is_as_long_as_the_text_will_be(exported, tmp_path):
+    folder = tmp_path / "standard"
+    export_model(exported[1], Tokenizer.load(exported[0]), folder, target=STANDARD)
+    said = check_clients(folder, exported[1], [made_up(HONEST, tmp_path)], tokens=8)
+    assert all(each.passed for each in said), client_table(said)
 
 
 def test_an_unknown_client_is_named():

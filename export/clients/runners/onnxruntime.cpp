@@ -1,6 +1,7 @@
 // Greedy tokens with onnxruntime's C++ interface: token ids in, token ids out.
 //
-// onnxruntime MODEL.onnx THREADS < CASES > RESULT.json
+// onnxruntime MODEL.onnx THREADS CACHE < CASES > RESULT.json
+// CACHE is "static" where it is as long from the start as it will be at the end.
 // CASES, words apart: for each case its name (no spaces), "left" or "right", the number of tokens and
 // of prompts, and for each prompt its length and its ids.
 #include <onnxruntime_cxx_api.h>
@@ -43,8 +44,7 @@ std::vector<std::string> names(const Ort::Session& session, bool inputs) {
 
 // For no tokens, of a masked language model: the scores of every position of each prompt, which is
 // padded on the right.
-Answer generate(Ort::Session& session, const Rows& prompts, bool left, int tokens) {
-  Ort::AllocatorWithDefaultOptions allocator;
+Answer generate(Ort::Session& session, const Rows& prompts, bool left, int tokens, bool fixed) {
   const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
   const int64_t B = prompts.size();
   size_t longest = 0;
@@ -63,14 +63,17 @@ Answer generate(Ort::Session& session, const Rows& prompts, bool left, int token
   }
   const auto inputs = names(session, true), outputs = names(session, false);
   std::vector<std::string> past_names;
+  Rows zeros;  // eight bytes hold an element of any type
   std::vector<Ort::Value> past;
   for (size_t i = 0; i < inputs.size(); i++) {
     if (inputs[i].rfind("past_key_values", 0) != 0) continue;
     const auto info = session.GetInputTypeInfo(i);
     const auto cache = info.GetTensorTypeAndShapeInfo();
     Row shape = cache.GetShape();
-    shape[0] = B, shape[2] = 0;
-    past.push_back(Ort::Value::CreateTensor(allocator, shape.data(), 4, cache.GetElementType()));
+    shape[0] = B, shape[2] = fixed ? longest + tokens : 0;
+    zeros.emplace_back(B * shape[1] * std::max<int64_t>(shape[2], 1) * shape[3]);
+    past.push_back(Ort::Value::CreateTensor(memory, zeros.back().data(), 8 * zeros.back().size(),
+                                            shape.data(), 4, cache.GetElementType()));
     past_names.push_back(inputs[i]);
   }
   Answer answer{Rows(B), {}};
@@ -128,7 +131,8 @@ void print(const std::vector<std::vector<T>>& rows) {
 }
 
 int main(int argc, char** argv) try {
-  if (argc != 3) throw std::runtime_error("onnxruntime MODEL.onnx THREADS < CASES");
+  if (argc != 4) throw std::runtime_error("onnxruntime MODEL.onnx THREADS CACHE < CASES");
+  const bool fixed = std::string(argv[3]) == "static";
   Ort::Env environment(ORT_LOGGING_LEVEL_ERROR, "gptopt");
   Ort::SessionOptions options;
   options.SetIntraOpNumThreads(std::stoi(argv[2]));
@@ -144,7 +148,7 @@ int main(int argc, char** argv) try {
       prompt.resize(length);
       for (int64_t& id : prompt) std::cin >> id;
     }
-    const Answer answer = generate(session, prompts, side == "left", tokens);
+    const Answer answer = generate(session, prompts, side == "left", tokens, fixed);
     std::replace(name.begin(), name.end(), '_', ' ');
     std::cout << (first ? "" : ",") << "\"" << name << "\":{\"tokens\":";
     print(answer.tokens);

@@ -5,11 +5,13 @@ const long = (values, dims, ort) =>
 
 const ARRAYS = { float32: Float32Array, float16: Uint16Array, int8: Int8Array };
 
-function emptyCache(ort, session, rows) {
+// Of so many places: a static cache is as long from the start as it will be at the end.
+function emptyCache(ort, session, rows, places) {
   const past = {};
   for (const { name, type, shape } of session.inputMetadata) {
     if (name.startsWith("past_key_values"))
-      past[name] = new ort.Tensor(type, new ARRAYS[type](0), [rows, shape[1], 0, shape[3]]);
+      past[name] = new ort.Tensor(
+        type, new ARRAYS[type](rows * shape[1] * places * shape[3]), [rows, shape[1], places, shape[3]]);
   }
   return past;
 }
@@ -21,7 +23,7 @@ function likeliest(scores) {
 }
 
 // For no tokens, of a masked language model: the scores of every position of each prompt.
-async function generate(ort, session, prompts, side, tokens) {
+async function generate(ort, session, prompts, side, tokens, cache) {
   const rows = prompts.length;
   const longest = Math.max(...prompts.map((prompt) => prompt.length));
   const filled = (prompt, value) => {
@@ -36,7 +38,7 @@ async function generate(ort, session, prompts, side, tokens) {
     return Math.max(real - 1, 0);
   }));
   let last = mask.map((row) => row.lastIndexOf(1));
-  let past = emptyCache(ort, session, rows);
+  let past = emptyCache(ort, session, rows, cache === "static" ? longest + tokens : 0);
   const chosen = prompts.map(() => []);
   let first = null;
   for (let step = 0; step < Math.max(tokens, 1); step++) {
@@ -74,7 +76,7 @@ export async function answer(ort, session, request) {
   const cases = {};
   for (const { name, prompts, padding, tokens } of request.cases) {
     try {
-      cases[name] = await generate(ort, session, prompts, padding, tokens);
+      cases[name] = await generate(ort, session, prompts, padding, tokens, request.cache);
     } catch (error) {
       cases[name] = { error: String(error) };
     }

@@ -22,18 +22,22 @@ def pad(prompts: list[list[int]], side: str) -> Any:
     return ids, mask
 
 
-def generate(session: Any, prompts: list[list[int]], side: str, tokens: int) -> Any:
+def generate(session: Any, prompts: list[list[int]], side: str, tokens: int, cache: str) -> Any:
     """The likeliest next tokens of each prompt, and the scores behind the prompts.
 
-    For no tokens, of a masked language model: the scores of every position of each prompt.
+    For no tokens, of a masked language model: the scores of every position of each prompt. A static
+    cache is as long from the start as it will be at the end.
     """
     ids, mask = pad(prompts, side)
     rows = np.arange(len(prompts))
     last = ids.shape[1] - 1 - mask[:, ::-1].argmax(1)
     position = (mask.cumsum(1) - 1).clip(0)
     types = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int8)": np.int8}
+    places = ids.shape[1] + tokens if cache == "static" else 0
     past = {
-        value.name: np.zeros((len(prompts), value.shape[1], 0, value.shape[3]), types[value.type])
+        value.name: np.zeros(
+            (len(prompts), value.shape[1], places, value.shape[3]), types[value.type]
+        )
         for value in session.get_inputs()
         if value.name.startswith("past_key_values")
     }
@@ -67,7 +71,9 @@ def main(request_path: str, result_path: str) -> None:
     cases = {}
     for case in request["cases"]:
         try:
-            tokens, logits = generate(session, case["prompts"], case["padding"], case["tokens"])
+            tokens, logits = generate(
+                session, case["prompts"], case["padding"], case["tokens"], request["cache"]
+            )
             cases[case["name"]] = {"tokens": tokens, "logits": logits}
         except Exception as error:
             cases[case["name"]] = {"error": str(error)}

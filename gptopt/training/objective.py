@@ -56,7 +56,8 @@ class Objective(ABC):
     # runs may (another device or another kernel body no longer repeats every bit).
     FIXED: ClassVar[tuple[str, ...]] = (
         "seed", "batch_size", "accumulate", "lr", "min_lr", "warmup_steps", "schedule",
-        "weight_decay", "beta1", "beta2", "grad_clip", "label_smoothing", "init_from", "qat",
+        "optimiser", "weight_decay", "beta1", "beta2", "momentum", "grad_clip", "label_smoothing",
+        "init_from", "qat",
     )  # fmt: skip
 
     options: LoopOptions

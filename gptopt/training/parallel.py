@@ -113,3 +113,27 @@ def part_of(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor; all of it where it is not shared out."""
     local = getattr(tensor, "to_local", None)
     return tensor if local is None else local()
+
+
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """All of a tensor of which each rank has that part that it has of `like`."""
+    if not hasattr(like, "full_tensor"):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    shared = cast(DTensor, like)
+    return DTensor.from_local(
+        part, shared.device_mesh, shared.placements,
+        run_check=False, shape=shared.shape, stride=shared.stride(),
+    ).full_tensor()  # fmt: skip
+
+
+def own_part(full: Tensor, like: Tensor) -> Tensor:
+    """The part of a tensor, whole on every rank, that this rank has of `like`."""
+    if not hasattr(like, "full_tensor"):
+        return full
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    shared = cast(DTensor, like)
+    mine = distribute_tensor(full, shared.device_mesh, shared.placements, src_data_rank=None)
+    return mine.to_local()

@@ -27,7 +27,6 @@ from gptopt.training.hardware import (
 )
 from gptopt.training.objective import Objective
 from gptopt.training.optimiser import (
-    SLOTS,
     build_optimiser,
     empty_optimiser_tensors,
     load_optimiser_tensors,
@@ -60,7 +59,7 @@ class Session:
     dtype: torch.dtype
     objective: Objective
     model: GPT
-    optimiser: torch.optim.AdamW
+    optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None  # fp16 alone needs one
     batches: Prefetched
     dropout: torch.Generator  # draws the seed of every forward pass
@@ -107,7 +106,6 @@ class Session:
                 elif first:
                     weights[name] = keep(name, full)
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
-        assert len(moments) == len(SLOTS) * len(self.optimiser.state)
         if self.world.sharded:
             from gptopt.training.sharded import ShardWriter, save_sharded
 
@@ -250,7 +248,7 @@ def _moments(session: Session, checkpoint: Path) -> dict[str, Tensor]:
     from gptopt.training.sharded import ShardReader, load_sharded
 
     reader = ShardReader(checkpoint, OPTIMISER)
-    targets = empty_optimiser_tensors(session.model, reader.shapes)
+    targets = empty_optimiser_tensors(session.model, session.optimiser, reader.shapes)
     load_sharded(reader, targets, session.world.control)
     return targets
 

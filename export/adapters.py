@@ -71,6 +71,11 @@ def name_adapter(name: str, adapter: Adapter, model: GPT) -> NamedAdapter:
             f"--adapter {name}: is no name for one; take up to 48 letters, digits, - and _, not "
             f"beginning with 'model' nor ending in '_fp16'"
         )
+    if adapter.score is not None:
+        raise UserError(
+            f"--adapter {name}: is a classifier's, and brings a layer that cannot be switched; "
+            f"export {adapter.folder} itself, which merges it"
+        )
     adapted = put_on(copy.deepcopy(model), adapter)
     return NamedAdapter(name, adapter, _matrices(adapted))
 

@@ -142,9 +142,8 @@ def load_model(
     if adapter is not None or is_adapter(folder):
         found, base = _adapter_and_base(ref, folder, adapter)
         loaded = load_model(base, kernels=kernels)
-        put_on(loaded.model, found)
-        loaded.model.to(device=device, dtype=dtype or torch.float32)
-        return loaded
+        model = put_on(loaded.model, found).to(device=device, dtype=dtype or torch.float32)
+        return loaded._replace(model=model)
     config, architecture = hf.config_from_json(_read_json(folder / CONFIG), folder / CONFIG)
     with _open_weights(folder) as stored:
         if config.n_layer > len(stored):  # before a mistyped number of blocks is built

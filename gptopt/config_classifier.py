@@ -5,11 +5,11 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from gptopt.config import MAX_SIZE, ModelConfig
+from gptopt.config import MAX_SIZE, ModelConfig, Options
 
 
-class ClassifierConfig(ModelConfig):
-    """A GPT whose head gives a score to each label instead of each token."""
+class Labelling(Options):
+    """The labels of a text, and how they are read off the model's vectors."""
 
     labels: list[str] = Field(
         min_length=1, max_length=MAX_SIZE, description="names of the labels, in their order"
@@ -25,6 +25,16 @@ class ClassifierConfig(ModelConfig):
             twice = next(name for name in self.labels if self.labels.count(name) > 1)
             raise ValueError(f"the label {twice!r} is there twice")
         return self
+
+    def of(self, config: ModelConfig) -> "ClassifierConfig":
+        """The shape of the model that labels, on the trunk of another one."""
+        # A head of its own is not taken over: what it knew were tokens.
+        shape = {name: getattr(config, name) for name in ModelConfig.model_fields}
+        return ClassifierConfig(**(shape | {"tie_head": True} | self.model_dump()))
+
+
+class ClassifierConfig(Labelling, ModelConfig):
+    """A GPT whose head gives a score to each label instead of each token."""
 
 
 def model_config_of(values: Mapping[str, Any]) -> ModelConfig:

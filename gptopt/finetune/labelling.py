@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gptopt.card import HERE, short
 from gptopt.checkpoint import LoadedModel, load_model
 from gptopt.config import ModelConfig
-from gptopt.config_classifier import ClassifierConfig, labels_of
+from gptopt.config_classifier import ClassifierConfig, Labelling, labels_of
 from gptopt.config_finetune import ClassifyOptions
 from gptopt.data import ItemSampler
 from gptopt.data.records import read_records
@@ -19,10 +20,11 @@ from gptopt.finetune.confusion import draw_confusion
 from gptopt.finetune.examples import Encode, Examples, Ints
 from gptopt.finetune.labels import LabelEncoder, names_of
 from gptopt.finetune.objective import FromExamples
-from gptopt.model import GPT, Classifier
+from gptopt.lora import base_of, begin, merge_lora
+from gptopt.model import GPT, Classifier, as_classifier
 from gptopt.runtime.label import padded
 from gptopt.scores import score_labels
-from gptopt.training.objective import Batch, Figures
+from gptopt.training.objective import Batch, Figures, Told
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +39,6 @@ class Labels(FromExamples):
     labels: list[str]
 
     def __init__(self, options: ClassifyOptions) -> None:
-        if options.lora.rank:
-            raise UserError(
-                f"--lora.rank {options.lora.rank}: an adapter cannot hold the layer of the labels;"
-                f" leave it out"
-            )
         self.options = options
 
     def fields(self) -> list[str]:
@@ -106,20 +103,24 @@ class Labels(FromExamples):
                         f"--{name.replace('_', '-')} {value}: the model {options.init_from} has"
                         f" {getattr(config, name)}; use the same"
                     )
-        # A head of its own is not taken over: what it knew were tokens.
-        return ClassifierConfig(**(config.model_dump() | {"tie_head": True} | asked))
+        return Labelling.model_validate(asked).of(config)
 
     def build(self, config: ModelConfig, start: LoadedModel | None) -> GPT:
         """The trunk of the model to start from, and its labels' layer where it has one."""
         assert isinstance(config, ClassifierConfig)
-        model = Classifier(config, kernels=self.options.kernels)
-        if start is not None:
-            state = start.model.state_dict()
-            state.pop("head.weight", None)
-            missing = model.load_state_dict(state, strict=False)
-            assert not missing.unexpected_keys
-            assert set(missing.missing_keys) <= {"score.weight"}
-        return model
+        assert start is not None
+        if isinstance(start.model, Classifier):
+            return super().build(config, start)
+        lora, plain = self.options.lora, start.model
+        if plain.lora is not None and lora.rank:
+            raise UserError(
+                f"--lora.rank {lora.rank}: the model to start from has an adapter of its own; merge"
+                f" it first, with gptopt merge"
+            )
+        model = as_classifier(merge_lora(plain), config)
+        if lora.rank:
+            model.base = base_of(plain, start.folder)
+        return begin(model, lora, model, start.folder)
 
     def batches(
         self, config: ModelConfig, batch_size: int, rank: int, world: int
@@ -206,6 +207,18 @@ class Labels(FromExamples):
     def describe(self) -> str:
         """Examples and labels."""
         return f"{super().describe()}, {len(self.labels)} labels"
+
+    def told(self) -> Told:
+        """Labels are measured again where what was held out is a file of its own."""
+        options, several = self.options, "any of several labels" if self.options.multi_label else ""
+        data = short(options.val_data[0]) if len(options.val_data) == 1 else "HELD_OUT.jsonl"
+        measure = (
+            f"`gptopt evaluate {HERE} --data {data} --text-field {options.text_field} "
+            f"--label-field {options.label_field}` measures a file of examples"
+            + (", here all that was held out." if options.val_data else
+               "; what is held out of one file is a file of its own with `--val-data`.")
+        )  # fmt: skip
+        return self._told("finetune classify", several or "the label of a text", "text", measure)
 
 
 class LabelledBatches:

@@ -12,12 +12,13 @@ from gptopt.hf.config import (
     config_to_json,
     obstacles,
 )
-from gptopt.hf.weights import HEAD, Weight, plain_names, stored_name, weights
+from gptopt.hf.weights import HEAD, SCORE, Weight, plain_names, stored_name, weights
 
 __all__ = [
     "ARCHITECTURES",
     "HEAD",
     "OWN",
+    "SCORE",
     "Weight",
     "architecture_of",
     "config_from_json",

@@ -12,6 +12,7 @@ from gptopt.lora.folder import (
 )
 from gptopt.lora.layers import (
     apply_lora,
+    base_of,
     begin,
     lora_modules,
     lora_parameters,
@@ -22,6 +23,7 @@ from gptopt.lora.layers import (
 __all__ = [
     "Adapter",
     "apply_lora",
+    "base_of",
     "begin",
     "is_adapter",
     "load_adapter",

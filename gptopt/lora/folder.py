@@ -4,6 +4,9 @@
 what PEFT wrote is read as well. Beside PEFT's own facts the safetensors file tells, in its header,
 the sha256 of the base's weights: an adapter means nothing on another base. (adapter_config.json has
 no place for it: PEFT warns of every key that it does not know.)
+
+The layer of a classifier's labels is trained whole and lies beside the adapter's matrices, as one
+of PEFT's modules_to_save; labels.json names them, so that the base may be a plain language model.
 """
 
 from collections import Counter
@@ -17,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptopt import hf
-from gptopt.config import LoraOptions
+from gptopt.config import MAX_SIZE, LoraOptions
+from gptopt.config_classifier import ClassifierConfig, Labelling
 from gptopt.errors import UserError, first_line
 from gptopt.lora.layers import (
     attach,
@@ -28,21 +32,24 @@ from gptopt.lora.layers import (
     weights_sha256,
 )
 from gptopt.manifest import read_json, write_json
-from gptopt.model import GPT
+from gptopt.model import GPT, Classifier, as_classifier
 from gptopt.model.lora import Base, LowRank
 from gptopt.tensors import write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+LABELS = "labels.json"
 _BASE = "base_sha256"  # in the header of WEIGHTS
 _PREFIX = "base_model.model."  # PEFT's, before every name of the model it stands on
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _SHOWN = 5  # names listed in an error
 
+# What PEFT keeps of a model that labels: the second form is its own for any architecture.
+_SAVED = (["score"], ["classifier", "score"])
 # Keys of PEFT that change what an adapter computes, with the values that do not.
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False, None),
-    "lora_bias": (False, None), "modules_to_save": (None, []), "rank_pattern": ({}, None),
+    "lora_bias": (False, None), "modules_to_save": (None, [], *_SAVED), "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None), "layer_replication": (None,), "use_qalora": (False, None),
     "use_bdlora": (None, False), "trainable_token_indices": (None,), "target_parameters": (None,),
     "alora_invocation_tokens": (None,), "kasa_config": (None,), "arrow_config": (None,),
@@ -57,6 +64,12 @@ class Adapter(NamedTuple):
     options: LoraOptions
     base: Base
     tensors: dict[str, Tensor]
+    labelling: Labelling | None = None  # of a classifier's adapter, where labels.json is
+
+    @property
+    def score(self) -> Tensor | None:
+        """The layer of the labels (L, C); None where the adapter is no classifier's."""
+        return self.tensors.get(_PREFIX + hf.SCORE)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -83,6 +96,9 @@ def save_adapter(folder: Path, model: GPT, *, state: Mapping[str, Tensor] | None
     tensors = {name: held[own].detach().contiguous() for name, own in named.items()}
     write_tensors(folder / WEIGHTS, tensors, (_BASE, model.base.sha256))
     write_json(folder / CONFIG, _config(model, model.lora, model.base))
+    if isinstance(model, Classifier):
+        labelling = model.config.model_dump(include=set(Labelling.model_fields))
+        write_json(folder / LABELS, labelling)
 
 
 def load_adapter(folder: Path) -> Adapter:
@@ -111,11 +127,37 @@ def load_adapter(folder: Path) -> Adapter:
             f"{folder / WEIGHTS}: not readable as safetensors ({first_line(error)}); copy the "
             f"adapter again"
         ) from None
-    return Adapter(folder, options, Base(name or "", told), tensors)
+    adapter = Adapter(folder, options, Base(name or "", told), tensors, _labelling(folder))
+    if (adapter.score is None) == bool(adapter.labelling or values.get("modules_to_save")):
+        raise UserError(
+            f"{folder / WEIGHTS}: the layer of the labels, {_PREFIX}{hf.SCORE}, is "
+            f"{'missing' if adapter.score is None else 'there, but modules_to_save lacks it'}; "
+            f"copy the adapter again"
+        )
+    if adapter.score is not None and not (
+        adapter.score.ndim == 2 and 0 < len(adapter.score) <= MAX_SIZE
+    ):
+        raise UserError(
+            f"{folder / WEIGHTS}: {_PREFIX}{hf.SCORE} is {list(adapter.score.shape)}, expected a "
+            f"row for each label; copy the adapter again"
+        )
+    return adapter
+
+
+def _labelling(folder: Path) -> Labelling | None:
+    path = folder / LABELS
+    if not path.is_file():
+        return None
+    try:
+        return Labelling.model_validate(read_json(path))
+    except ValidationError as error:
+        raise _invalid(path, error) from None
 
 
 def put_on(model: GPT, adapter: Adapter) -> GPT:
     """Put a loaded adapter on its base, in place; returns the model.
+
+    Where a classifier's adapter has a plain language model as its base, another model is returned.
 
     Raises:
         UserError: it was trained on another base, or its matrices do not fit this one.
@@ -128,6 +170,8 @@ def put_on(model: GPT, adapter: Adapter) -> GPT:
             + (f", {adapter.base.name}" if adapter.base.name else "")
         )
     names = _plain(model, adapter)
+    if names.pop(hf.SCORE, None) is not None:
+        model = _labelled(model, adapter)
     wanted = {name.removesuffix(end) for name in names for end in (_A, _B) if name.endswith(end)}
     known = {part.name for site in sites(model) for part in site.parts}
     if strange := sorted(wanted - known) + [n for n in names if not n.endswith((_A, _B))]:
@@ -149,30 +193,56 @@ def _plain(model: GPT, adapter: Adapter) -> dict[str, str]:
 
 
 @torch.no_grad()
+def _labelled(model: GPT, adapter: Adapter) -> Classifier:
+    """The classifier that an adapter was trained on, with the adapter's layer of labels."""
+    score, labelling = adapter.score, adapter.labelling
+    assert score is not None
+    if labelling is None and isinstance(model.config, ClassifierConfig):
+        labelling = model.config
+    elif labelling is None:  # PEFT keeps no names; these are transformers'
+        labelling = Labelling(labels=[f"LABEL_{at}" for at in range(len(score))])
+    if not isinstance(model, Classifier):
+        model = as_classifier(model, labelling.of(model.config))
+    elif model.config != labelling.of(model.config):
+        raise UserError(
+            f"{adapter.folder}: labels {', '.join(labelling.labels[:_SHOWN])}, its base labels "
+            f"{', '.join(model.config.labels[:_SHOWN])}; they do not belong together"
+        )
+    model.score.weight.copy_(_checked(adapter, hf.SCORE, score, model.score.weight.shape))
+    return model
+
+
+def _checked(adapter: Adapter, name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor:
+    """A matrix of the adapter, which must have this shape and be finite."""
+    if tensor is None or tensor.shape != shape:
+        found = "missing" if tensor is None else list(tensor.shape)
+        raise UserError(
+            f"{adapter.folder / WEIGHTS}: {name} is {found}, this model and "
+            f"r={adapter.options.rank} ask for {list(shape)}; they do not belong together"
+        )
+    if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        raise UserError(
+            f"{adapter.folder / WEIGHTS}: {name} holds what is no finite number; train the adapter "
+            f"again"
+        )
+    return tensor
+
+
+@torch.no_grad()
 def _fill(model: GPT, adapter: Adapter, names: dict[str, str]) -> None:
     for _, module in lora_modules(model):
         for part, a, b in zip(module.parts, module.a, module.b, strict=True):
             for parameter, end in ((a, _A), (b, _B)):
                 tensor = adapter.tensors.get(names.get(part.name + end, ""))
-                if tensor is None or tensor.shape != parameter.shape:
-                    found = "missing" if tensor is None else list(tensor.shape)
-                    raise UserError(
-                        f"{adapter.folder / WEIGHTS}: {part.name}{end} is {found}, this model and "
-                        f"r={adapter.options.rank} ask for {list(parameter.shape)}; they do not "
-                        f"belong together"
-                    )
-                if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
-                    raise UserError(
-                        f"{adapter.folder / WEIGHTS}: {part.name}{end} holds what is no finite "
-                        f"number; train the adapter again"
-                    )
-                parameter.copy_(tensor)
+                name = part.name + end
+                parameter.copy_(_checked(adapter, name, tensor, parameter.shape))
 
 
 def _named(model: GPT) -> dict[str, str]:
     """The names that PEFT gives the adapter's matrices -> our parameters' names."""
     architecture = hf.architecture_of(model.config)
-    named: dict[str, str] = {}
+    labels = isinstance(model, Classifier)
+    named: dict[str, str] = {_PREFIX + hf.SCORE: hf.SCORE} if labels else {}
     for name, module in model.named_modules():
         if not isinstance(module, LowRank):
             continue
@@ -185,9 +255,11 @@ def _named(model: GPT) -> dict[str, str]:
 def _config(model: GPT, options: LoraOptions, base: Base) -> dict[str, Any]:
     """adapter_config.json with the keys of PEFT's LoraConfig."""
     alpha = options.scale * options.rank
+    labels = isinstance(model, Classifier)
+    says_next = "CAUSAL_LM" if model.config.causal else None
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if model.config.causal else None,
+        "task_type": "SEQ_CLS" if labels else says_next,
         "base_model_name_or_path": base.name,
         "revision": None,
         "inference_mode": True,
@@ -199,7 +271,7 @@ def _config(model: GPT, options: LoraOptions, base: Base) -> dict[str, Any]:
         # Says that the base stores its matrices as (in, out), not how the adapter's lie.
         "fan_in_fan_out": hf.architecture_of(model.config) == "gpt2",
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": _SAVED[0] if labels else None,
         "rank_pattern": {},
         "alpha_pattern": {},
         "use_rslora": False,
@@ -232,6 +304,10 @@ def _options(values: dict[str, Any], path: Path) -> LoraOptions:
             targets=",".join(targets) if isinstance(targets, list) else str(targets),
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {where}={first['input']!r}: {first['msg']}") from None
+        raise _invalid(path, error) from None
+
+
+def _invalid(path: Path, error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return UserError(f"{path}: {where}={first['input']!r}: {first['msg']}")

@@ -15,7 +15,7 @@ from torch import nn
 from gptopt import hf
 from gptopt.config import LoraOptions
 from gptopt.errors import UserError
-from gptopt.model import GPT
+from gptopt.model import GPT, Classifier
 from gptopt.model.lora import Base, LowRank, Part
 
 # Groups of --lora.targets -> our modules of a block.
@@ -68,11 +68,16 @@ def apply_lora(model: GPT, options: LoraOptions) -> GPT:
 
 
 def attach(model: GPT, options: LoraOptions, wanted: Collection[str]) -> None:
-    """Put an adapter beside exactly these projections (names of `Part`)."""
+    """Put an adapter beside exactly these projections (names of `Part`).
+
+    A classifier's labels are learned with it, in full.
+    """
     assert options.rank > 0
     if model.lora is not None:
         raise UserError("the model has an adapter already; merge it first, with gptopt merge")
     model.requires_grad_(False)
+    if isinstance(model, Classifier):
+        model.score.requires_grad_(True)
     number = 0
     for site in sites(model):
         parts = [part for part in site.parts if part.name in wanted]
@@ -98,7 +103,7 @@ def lora_modules(model: GPT) -> Iterator[tuple[str, LowRank]]:
 
 
 def lora_parameters(model: GPT) -> list[nn.Parameter]:
-    """What an adapter trains, and nothing else of the model."""
+    """The matrices of an adapter, and nothing else of the model."""
     return [parameter for _, module in lora_modules(model) for parameter in module.parameters()]
 
 
@@ -133,8 +138,13 @@ def begin(
     if options.rank and start.lora is None:
         apply_lora(model, options)
     if options.rank:
-        model.base = start.base or Base(str(Path(folder).resolve()), weights_sha256(model))
+        model.base = start.base or base_of(model, folder)
     return model
+
+
+def base_of(model: GPT, folder: Path) -> Base:
+    """A model, and where it lies, as the base of adapters."""
+    return Base(str(folder.resolve()), weights_sha256(model))
 
 
 def _refuse_other_adapter(model: GPT, options: LoraOptions, start: GPT) -> None:

@@ -5,7 +5,16 @@ Sizes, in code and docstrings: B batch, T new tokens, P tokens in the cache, S =
 """
 
 from gptopt.model.block import Block, Cache, Norm
-from gptopt.model.classifier import Classifier, model_of
+from gptopt.model.classifier import Classifier, as_classifier, model_of
 from gptopt.model.gpt import GPT, ModelOutput
 
-__all__ = ["GPT", "Block", "Cache", "Classifier", "ModelOutput", "Norm", "model_of"]
+__all__ = [
+    "GPT",
+    "Block",
+    "Cache",
+    "Classifier",
+    "ModelOutput",
+    "Norm",
+    "as_classifier",
+    "model_of",
+]

@@ -94,6 +94,15 @@ class Classifier(GPT):
         return (each if weights is None else each * weights).mean()
 
 
+def as_classifier(trunk: GPT, config: ClassifierConfig) -> Classifier:
+    """A classifier with the weights of a plain model, whose head stays behind; its score is new."""
+    model = Classifier(config, kernels=trunk.kernels)
+    state = {name: each for name, each in trunk.state_dict().items() if name != "head.weight"}
+    missing = model.load_state_dict(state, strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == (["score.weight"], [])
+    return model.train(trunk.training)
+
+
 def model_of(config: ModelConfig, *, kernels: Impl = "auto") -> GPT:
     """The model that a configuration describes, with fresh weights."""
     kind = Classifier if isinstance(config, ClassifierConfig) else GPT

@@ -150,7 +150,6 @@ def test_a_classifier_learns_on_with_the_same_labels(classify_options, questions
         ({"text": "x", "label": "c"}, {"labels": ["a", "b"]}, "line 2: label 'c' is not one of"),
         ({"text": "x", "label": "a"}, {}, "every text has the label 'a'"),
         ({"text": "cat " * 50, "label": "b"}, {}, "line 2: 52 tokens, at most 32 fit"),
-        ({"text": "x", "label": "b"}, {"lora": {"rank": 4}}, "an adapter cannot hold"),
     ],
 )
 def test_bad_records_name_their_line(classify_options, write, record, changes, message):
@@ -305,3 +304,17 @@ def test_a_classifier_is_no_model_of_tokens(trained, sft_options, replies, tmp_p
     text.write_text("the cat meows. " * 50)
     with pytest.raises(UserError, match="is a classifier, which has no head for tokens"):
         train(TrainOptions(inputs=[str(text)], out=str(tmp_path / "r"), init_from=str(out)))
+
+
+def test_the_card_has_every_labels_scores(classify_options, write, tmp_path):
+    named = ("a|b", "c")
+    records = [{"text": f"the {a} is {named[i % 2]}", "label": named[i % 2]} for i, a in
+               enumerate(ANIMALS * 3)]  # fmt: skip
+    result = classify(classify_options(write(*records), steps=2, val_fraction=0.3))
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "pipeline_tag: text-classification" in card
+    for label, each in result["val_scores"].items():
+        shown = label.replace("|", "\\|")
+        row = " | ".join(f"{each[name]:.4f}" for name in ("precision", "recall", "f1"))
+        assert f"| `{shown}` | {row} | {each['count']} |" in card
+    assert f"| {result['val_loss']:.4f} | {result['val_accuracy']:.4f} |" in card

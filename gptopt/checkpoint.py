@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptopt import hf, hub
-from gptopt.card import model_card
+from gptopt.card import CARD, model_card
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError, first_line
 from gptopt.lora import Adapter, is_adapter, load_adapter, put_on, save_adapter
@@ -33,7 +33,6 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 GENERATION_CONFIG = "generation_config.json"
-CARD = "README.md"
 CHECKPOINTS = "checkpoints"
 _STEP = re.compile(r"step-(\d+)")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -76,6 +75,7 @@ def save_model(
     """
     if model.lora is not None:
         save_adapter(folder, model, state=state)
+        write_text(folder / CARD, model_card(model, tokenizer, card))
         return
     config = model.config
     architecture = hf.architecture_of(config)
@@ -98,7 +98,7 @@ def save_model(
     )
     write_json(folder / CONFIG, values)
     write_json(folder / GENERATION_CONFIG, {k: v for k, v in ids.items() if v is not None})
-    write_text(folder / CARD, model_card(model, architecture, card))
+    write_text(folder / CARD, model_card(model, tokenizer, card))
     if tokenizer is not None:
         tokenizer.save(folder)
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,23 @@ def entry_of(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def write_manifest(folder: Path, kind: str, *, known: Entries | None = None) -> None:
+def write_manifest(
+    folder: Path, kind: str, *, known: Entries | None = None, free: Collection[str] = ()
+) -> None:
     """List every file below `folder` in its manifest.json. `kind` says what the folder is.
 
-    Files in `known` are not read: those that wrote them said what is in them.
+    Files in `known` are not read: those that wrote them said what is in them. Those in `free` may
+    change later, as what people alone read does.
     """
     names = [
         path.relative_to(folder).as_posix()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     ]
-    files = {name: (known or {}).get(name) or entry_of(folder / name) for name in names}
-    write_json(folder / MANIFEST, {"format": 1, "kind": kind, "files": files})
+    listed = [name for name in names if name not in free]
+    files = {name: (known or {}).get(name) or entry_of(folder / name) for name in listed}
+    loose = {"free": sorted(free)} if free else {}
+    write_json(folder / MANIFEST, {"format": 1, "kind": kind, "files": files, **loose})
 
 
 def verify_manifest(
@@ -96,8 +101,9 @@ def verify_manifest(
     """Check a folder against its manifest and return the manifest.
 
     Every listed file must be a regular file inside the folder (no link of either sort), of the
-    listed size and sha256. With `strict` no unlisted file may lie beside them. The sha256 of files
-    whose name is `unread` is left out, for `verify_file` to check when they are needed.
+    listed size and sha256. With `strict` no unlisted file may lie beside them, but those that the
+    manifest calls free. The sha256 of files whose name is `unread` is left out, for `verify_file`
+    to check when they are needed.
 
     Raises:
         UserError: there is no readable manifest of this kind.
@@ -113,12 +119,14 @@ def verify_manifest(
     for name, entry in files.items():
         verify_file(folder, name, entry, read=not unread(name))
     if strict:
+        free = manifest.get("free")
+        beside = [MANIFEST, *(free if isinstance(free, list) else [])]
         # os.walk does not follow links, so a linked folder shows up as an unlisted name.
         for root, folders, names in os.walk(folder):
             links = [name for name in folders if (Path(root) / name).is_symlink()]
             for name in [*names, *links]:
                 relative = (Path(root) / name).relative_to(folder).as_posix()
-                if relative not in files and relative != MANIFEST:
+                if relative not in files and relative not in beside:
                     raise CheckFailed(
                         f"{folder}: {relative!r} is not listed in {MANIFEST}; remove it"
                     )

@@ -5,13 +5,14 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
+from gptopt.card import code, short
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import ModelConfig
 from gptopt.config_finetune import FinetuneOptions
 from gptopt.errors import UserError
 from gptopt.finetune.examples import Encode, Examples, Ints, Reader, hold_out
 from gptopt.model import GPT
-from gptopt.training.objective import Objective
+from gptopt.training.objective import Objective, Told
 
 
 class FromExamples(Objective):
@@ -101,3 +102,26 @@ class FromExamples(Objective):
     def describe(self) -> str:
         """How many examples there are."""
         return f"{len(self.chosen):,} examples to learn and {len(self.held_out):,} to validate"
+
+    def _told(self, verb: str, learns: str, loss_of: str, measure: str) -> Told:
+        """Names and numbers of the examples, for the card."""
+        options = self.options
+        learned, held = (
+            ", ".join(code(short(name)) for name in files)
+            for files in (options.inputs, options.val_data)
+        )
+        part, scored = f"{len(self.held_out):,} held-out examples", options.eval_batches
+        if scored:
+            part = f"the first {scored * options.batch_size:,} sequences of {part}"
+        return Told(
+            verb=verb,
+            learns=learns,
+            data={
+                "examples": f"{learned}; held out: {held}" if held else learned,
+                "how many": f"{len(self.chosen):,} to learn from, {len(self.held_out):,} held out,"
+                f" {self.examples.dropped:,} left out as too long, sha256 `{self.sha256}`",
+            },
+            held_out=part,
+            loss_of=loss_of,
+            measure=measure,
+        )

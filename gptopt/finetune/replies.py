@@ -21,7 +21,7 @@ from gptopt.generate import generate_tokens
 from gptopt.model import GPT
 from gptopt.runtime.generation import prompt_ids
 from gptopt.tokenizer import Tokenizer
-from gptopt.training.objective import Batch, Figures
+from gptopt.training.objective import Batch, Figures, Told
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,13 @@ class Replies(FromExamples):
         """Examples, and how full the blocks are."""
         full = int(self.packed.tokens.sum()) / (len(self.packed) * self.block_size)
         return f"{super().describe()}, packed into {len(self.packed):,} blocks, {full:.0%} full"
+
+    def told(self) -> Told:
+        """Replies are what is learned and measured."""
+        measure = "Training alone measures replies: the run folder's metrics.jsonl has them all."
+        learns = "replies; prompts are only read"
+        told = self._told("finetune sft", learns, "token of a reply", measure)
+        return told._replace(predicts_next=True)
 
 
 class PackedBatches:

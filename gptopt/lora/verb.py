@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from gptopt.card import code, short
 from gptopt.checkpoint import load_model, save_model
 from gptopt.config_export import MergeOptions
 from gptopt.errors import UserError
@@ -34,10 +35,15 @@ def merge(options: MergeOptions) -> dict[str, Any]:
         "adapter_parameters": sum(parameter.numel() for parameter in lora_parameters(model)),
         "rank": model.lora.rank,
     }
+    card = (
+        f"Merged by `gptopt merge` from the base {code(short(str(loaded.folder)))} and an adapter "
+        f"of rank {model.lora.rank}, {code(short(options.adapter or options.model))}; their cards "
+        f"say how they were made."
+    )
     merge_lora(model)
     result["parameters"] = model.num_parameters()
     with staged_folder(out, force=options.force) as folder:
-        save_model(folder, model, loaded.tokenizer)
+        save_model(folder, model, loaded.tokenizer, card=card)
     if not options.json_output:
         say(
             f"{out}: {result['parameters']:,} parameters, {result['adapter_parameters']:,} of the "

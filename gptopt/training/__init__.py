@@ -15,7 +15,8 @@ def train(options: TrainOptions) -> dict[str, Any]:
         The JSON object, also kept as RUN/result.json:
         out (run folder), steps (optimiser steps taken), stopped_by ("steps" | "time"),
         train_loss (mean over the last line of metrics.jsonl, nats per token), val_loss,
-        best_val_loss (null where nothing was evaluated), best_step, tokens (consumed),
+        best_val_loss (null where nothing was evaluated), best_step, bits_per_byte (of
+        best_val_loss; null for what is no next-token run on text), tokens (consumed),
         seconds (of training, evaluation and saving), tokens_per_second (of training alone),
         mfu (share of the measured matmul peak, null where unknown), skipped (steps whose gradients
         were not finite), parameters, device, dtype, checkpoint (the last one's folder),

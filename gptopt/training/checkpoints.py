@@ -25,6 +25,7 @@ from gptopt.manifest import (
 logger = logging.getLogger(__name__)
 
 KIND = "checkpoint"
+_FREE = ("README.md",)  # what the run found is written into it later; people alone read it
 _NAME = re.compile(r"step-(\d{6,})")
 
 
@@ -80,7 +81,7 @@ class Checkpoints:
         try:
             # Only a damaged checkpoint, or this step's own from before a resume, can be in the way.
             with staged_folder(target, force=True) as folder:
-                write_manifest(folder, KIND, known=write(folder))
+                write_manifest(folder, KIND, known=write(folder), free=_FREE)
         except SafetensorError as error:  # what its writer makes of an OSError
             raise UserError(
                 f"{target}: cannot be written ({first_line(error)}); free space, then --resume;"

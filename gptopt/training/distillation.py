@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gptopt.card import code, short
 from gptopt.checkpoint import LoadedModel, load_model
 from gptopt.config import ModelConfig, TrainOptions
 from gptopt.errors import UserError
@@ -97,3 +98,11 @@ class Distilled(NextToken):
         """The data, and who teaches."""
         size = self._teacher.model.num_parameters()
         return f"{super().describe()}, taught by {size:,} parameters"
+
+    def _learns(self) -> str:
+        options = self.options.distill
+        assert options.teacher is not None
+        return (
+            f"{super()._learns()}, and what {code(short(options.teacher))} finds likely (weight "
+            f"{options.weight:g}, temperature {options.temperature:g})"
+        )

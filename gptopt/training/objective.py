@@ -3,6 +3,7 @@
 The loop knows nothing of tokens, replies or labels; it asks the objective.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +42,25 @@ class Batches(Protocol):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue behind the last batch of the one that gave this state."""
+
+
+class Told(NamedTuple):
+    """What a model card says of an objective and its data, in Markdown."""
+
+    verb: str  # as it is typed
+    learns: str
+    data: dict[str, str]  # what it is -> how much of it, the name first
+    held_out: str  # what the validation figures are means over
+    loss_of: str  # such as "token": the loss is a mean over them
+    measure: str  # how to measure again
+    predicts_next: bool = False  # so a loss is a perplexity
+    bytes_per_token: float | None = None  # of the held-out text
+
+    def bits_per_byte(self, loss: float | None) -> float | None:
+        """Of a loss in nats per token; None where it, or the text behind it, is not known."""
+        if loss is None or self.bytes_per_token is None:
+            return None
+        return loss / math.log(2) / self.bytes_per_token
 
 
 class Objective(ABC):
@@ -130,3 +150,7 @@ class Objective(ABC):
     @abstractmethod
     def describe(self) -> str:
         """The data in half a line."""
+
+    @abstractmethod
+    def told(self) -> Told:
+        """The same for the card of the model, with what is needed to believe its figures."""

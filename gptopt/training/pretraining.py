@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gptopt.card import HERE, code, short
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import ModelConfig, SamplingOptions, TrainOptions
 from gptopt.config_classifier import labels_of
@@ -16,10 +17,11 @@ from gptopt.evaluate_masked import score_masked, torch_guesser
 from gptopt.generate import generate_text
 from gptopt.model import GPT
 from gptopt.tokenizer import Tokenizer
-from gptopt.training.objective import Batch, Figures, Objective
+from gptopt.training.objective import Batch, Figures, Objective, Told
 
 VOCABULARY_MULTIPLE = 64  # matrix products like it; the ids in excess are never used
 _PROMPT_TOKENS = 8
+_DECODED_TOKENS = 2**20  # which takes a second
 _SAMPLING = SamplingOptions(max_new_tokens=100, temperature=0.8, seed=0)
 
 
@@ -125,6 +127,46 @@ class NextToken(Objective):
             f"{len(self.dataset.train):,} training and {len(self.dataset.val):,} validation tokens"
         )
 
+    def told(self) -> Told:
+        """Names and sizes of the texts; gptopt evaluate measures their held-out part again."""
+        options, split = self.options, self.dataset.val
+        scored, blocks = options.eval_batches * options.batch_size, len(split) // self.block_size
+        part = f"all {len(split):,} held-out tokens"
+        if 0 < scored < blocks:
+            part = f"{scored:,} blocks spread evenly over the {len(split):,} held-out tokens"
+        names = ", ".join(code(short(name)) for name in options.inputs)
+        if isinstance(self.dataset, Mixture):
+            names += f", mixed {', '.join(f'{weight:.4g}' for weight in self.dataset.weights)}"
+        return Told(
+            verb="train",
+            learns=self._learns(),
+            data={
+                "text": names,
+                "how much": f"{len(self.dataset.train):,} tokens to learn from, {len(split):,} held"
+                f" out, sha256 `{self.sha256}`",
+            },
+            held_out=part,
+            loss_of=self._ASKED,
+            measure=f"`gptopt evaluate {HERE} --data DATA --split val` measures all of the held-out"
+            f" text, DATA being the data folder (the run folder's `data`, where text was given).",
+            predicts_next=self._ASKED == "token",
+            bytes_per_token=self._bytes_per_token(),
+        )
+
+    _ASKED = "token"
+
+    def _learns(self) -> str:
+        return "the next token of text"
+
+    def _bytes_per_token(self) -> float | None:
+        """Of the held-out text, or of its beginning where that is long."""
+        split = self.dataset.val
+        tokens = min(len(split), _DECODED_TOKENS) - 1  # the first one is never asked for
+        if tokens < 1:
+            return None
+        text = self.tokenizer.decode(split.read(1, tokens + 1).tolist())
+        return len(text.encode("utf-8", "replace")) / tokens or None
+
     def _beginning(self, tokens: int) -> str:
         text = self.dataset.val if len(self.dataset.val) else self.dataset.train
         return self.tokenizer.decode(text.read(0, min(tokens, len(text))).tolist())
@@ -208,6 +250,14 @@ class Masked(NextToken):
 
     def sample(self, model: GPT) -> str | None:
         """A masked language model continues no text."""
+        return None
+
+    _ASKED = "masked token"
+
+    def _learns(self) -> str:
+        return f"masked tokens of text ({self.options.mask_rate:.0%} of all), from both sides"
+
+    def _bytes_per_token(self) -> float | None:
         return None
 
     def _asked(self) -> ModelConfig:

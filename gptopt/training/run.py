@@ -11,6 +11,7 @@ from gptopt.config import LoopOptions
 from gptopt.errors import UserError, first_line
 from gptopt.log import say
 from gptopt.manifest import read_json, write_json
+from gptopt.training.card import write_cards
 from gptopt.training.checkpoints import Checkpoints, step_of
 from gptopt.training.distributed import World, join_world
 from gptopt.training.folder import log_to_file, refuse_foreign, write_config
@@ -18,7 +19,7 @@ from gptopt.training.hardware import device_name, dtype_name, environment, matmu
 from gptopt.training.lock import LOCK, hold_lock
 from gptopt.training.loop import Trainer
 from gptopt.training.metrics import METRICS, Metrics
-from gptopt.training.objective import Objective
+from gptopt.training.objective import Objective, Told
 from gptopt.training.plot import draw_loss
 from gptopt.training.resume import refuse_changed_options
 from gptopt.training.session import Session, open_session
@@ -200,12 +201,14 @@ def _introduce(session: Session, checkpoint: Path | None) -> None:
 
 
 def _write_result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
-    result = _result(session, checkpoint)
+    told = session.objective.told()
+    result = _result(session, checkpoint, told)
+    write_cards(session, result, told)
     write_json(session.out / RESULT, result)
     return result
 
 
-def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
+def _result(session: Session, checkpoint: Path | None, told: Told) -> dict[str, Any]:
     state, out, checkpoints = session.state, session.out, session.checkpoints
     last, best = checkpoints.pointed("latest"), checkpoints.pointed("best")
     drawn = draw_loss(out / METRICS, out / PICTURE, f"{out.name}: loss")
@@ -219,6 +222,7 @@ def _result(session: Session, checkpoint: Path | None) -> dict[str, Any]:
         "val_loss": state.val_loss,
         "best_val_loss": state.best_val_loss,
         "best_step": state.best_step,
+        "bits_per_byte": told.bits_per_byte(state.best_val_loss),
         "tokens": state.tokens,
         "seconds": state.seconds,
         "tokens_per_second": state.tokens_per_second,

@@ -20,6 +20,7 @@ ALL = "attention,ffn"
 def test_an_adapter_comes_back_bit_for_bit_alone_and_beside_its_base(saved, ids, shape):
     base, folder, model = saved(shape, targets=ALL)
     assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     ]

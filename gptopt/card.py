@@ -121,14 +121,15 @@ def _auto(config: "ModelConfig") -> str:
 
 def _adapter(model: GPT) -> str:
     assert model.lora is not None
-    size = model.num_parameters() - _base_size(model)
+    size, labels = model.num_parameters() - _base_size(model), labels_of(model.config)
+    whole = f" and the layer of {len(labels)} labels" if labels else ""
     base = model.base
     told = "" if base is None else f" The base is {code(short(base.name))}"
     told += f", whose weights have the sha256 `{base.sha256}`." if base and base.sha256 else ""
     return (
         f"The folder holds the adapter alone, {size:,} numbers of rank {model.lora.rank}, "
-        f"alpha {model.lora.scale * model.lora.rank:g}, on {code(model.lora.targets)}, as PEFT lays"
-        f" it out.{told} It means nothing on any other base, and gptopt refuses that."
+        f"alpha {model.lora.scale * model.lora.rank:g}, on {code(model.lora.targets)}{whole}, as "
+        f"PEFT lays it out.{told} It means nothing on any other base, and gptopt refuses that."
     )
 
 
@@ -150,18 +151,21 @@ def _usage(model: GPT, tokenizer: "Tokenizer | None", known: bool, folder: str) 
     lines = [f'gptopt generate {beside} --prompt "{prompt}"']
     if tokenizer is not None and tokenizer.chat_template and says_next(config):
         lines = [f"gptopt chat {beside}"]
-    if model.lora:
+    exported, switched = folder, ""
+    if model.lora and labels_of(config) is None:
+        exported, switched = f"BASE --adapter mine={folder}", " --adapter mine"
+    elif model.lora:  # one graph has no place for several layers of labels
         lines.append(f"gptopt merge {beside} --out merged")
-        lines.append(f"gptopt export BASE --adapter mine={folder} --out edge")
-        lines.append(f'gptopt run edge --adapter mine --prompt "{prompt}"')
-    else:
-        lines.append(f"gptopt export {folder} --out edge")
-        lines.append(f'gptopt run edge --prompt "{prompt}"')
+        exported = "merged"
+    lines.append(f"gptopt export {exported} --out edge")
+    lines.append(f'gptopt run edge{switched} --prompt "{prompt}"')
     return f"```\n{chr(10).join(lines)}\n```\n\n```python\n{_python(model, known, folder)}\n```"
 
 
 def _python(model: GPT, known: bool, folder: str) -> str:
     auto, base = _auto(model.config), "BASE" if model.lora else folder
+    labels = labels_of(model.config)
+    shape = f", num_labels={len(labels)}" if labels and model.lora else ""
     if not known:
         given = '"BASE", adapter=' if model.lora else ""
         return (
@@ -171,7 +175,7 @@ def _python(model: GPT, known: bool, folder: str) -> str:
         f"from transformers import {auto}, AutoTokenizer",
         "",
         f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-        f'model = {auto}.from_pretrained("{base}")',
+        f'model = {auto}.from_pretrained("{base}"{shape})',
     ]
     if model.lora:
         lines.insert(0, "from peft import PeftModel")

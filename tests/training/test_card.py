@@ -3,11 +3,13 @@
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-from gptopt.config import EvaluateOptions
+from gptopt import cli
+from gptopt.config import EvaluateOptions, TrainOptions
 from gptopt.evaluate import evaluate
 from gptopt.training import train
 from gptopt.training.checkpoints import Checkpoints
@@ -50,6 +52,12 @@ def numbers_of(value):
             yield from numbers_of(each)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield value
+
+
+def adapting(options, base):
+    """Options of a run that trains an adapter."""
+    made = options("tuned", init_from=base, lora={"rank": 2}).model_dump(by_alias=True)
+    return TrainOptions.model_validate(made | {"model": {}})
 
 
 def test_no_number_stands_in_a_card_that_the_run_did_not_write(options, tmp_path):
@@ -95,6 +103,26 @@ def test_the_figures_are_those_that_its_command_measures(options, tmp_path):
     assert float(own["perplexity"]) == pytest.approx(again["perplexity"], rel=1e-4)
     assert float(own["bits per byte"]) == pytest.approx(again["bits_per_byte"], abs=1e-4)
     assert result["bits_per_byte"] == pytest.approx(again["bits_per_byte"], rel=1e-6)
+
+
+def test_every_command_of_a_card_is_accepted(options, tmp_path, monkeypatch):
+    base = train(options("base", steps=1))["checkpoint"]
+    tuned = {"init_from": base, "lora": {"rank": 2}}
+    train(
+        TrainOptions.model_validate(
+            options("tuned", **tuned).model_dump(by_alias=True) | {"model": {}}
+        )
+    )
+    seen = set()
+    for name in ("base", "tuned"):
+        monkeypatch.chdir(tmp_path / name)
+        _, text = parts(Path("README.md"))
+        for command in re.findall(r"^gptopt .*|(?<=`)gptopt [^`]*(?=`)", text, re.MULTILINE):
+            if " -" in command:
+                verb, *arguments = shlex.split(command)[1:]
+                cli.parse(verb, arguments)
+                seen.add(verb)
+    assert seen == {"generate", "export", "run", "evaluate", "train"}
 
 
 def test_best_and_last_say_which_of_them_they_are(options, tmp_path, monkeypatch):
@@ -166,11 +194,7 @@ def metrics_of():
 
 def test_an_adapters_card_names_its_base_and_is_pefts(options, tmp_path):
     base = train(options("base", steps=2))["checkpoint"]
-    tuned = train(
-        options("tuned", init_from=base, lora={"rank": 2}, model={}).model_copy(
-            update={"model": options().model.model_construct()}
-        )
-    )
+    tuned = train(adapting(options, base))
     front, text = parts(Path(tuned["checkpoint"], "README.md"))
     assert front["library_name"] == "peft"
     assert front["tags"] == ["gptopt", "lora"]
@@ -181,7 +205,7 @@ def test_an_adapters_card_names_its_base_and_is_pefts(options, tmp_path):
     assert "base/checkpoints/step-000002" in text
     assert re.search(r"whose weights have the sha256 `[0-9a-f]{64}`", text)
     assert "of rank 2, alpha 4, on `attention`" in text
-    assert "gptopt merge BASE --adapter THIS_FOLDER --out merged" in text
+    assert "gptopt export BASE --adapter mine=THIS_FOLDER --out edge" in text
 
 
 def test_a_card_may_be_edited_and_the_checkpoint_stays_whole(options, tmp_path):

@@ -231,7 +231,9 @@ def _edge_talker(options: ChatOptions) -> tuple[Talker, dict[str, str]]:
     from gptopt.runtime.edge import EdgeModel
 
     provider = "cpu" if options.device == "auto" else options.device
-    model = EdgeModel(Path(options.model), provider=provider, precision=options.precision)
+    model = EdgeModel(
+        Path(options.model), provider=provider, precision=options.precision, adapter=options.adapter
+    )
     found = model.tokenizer
 
     class Edge:
@@ -258,7 +260,9 @@ def _torch_talker(options: ChatOptions) -> tuple[Talker, dict[str, str]]:
     from gptopt.training.hardware import resolve_device
 
     device = resolve_device(options.device)
-    loaded = load_model(options.model, checkpoint=options.checkpoint, device=device)
+    loaded = load_model(
+        options.model, checkpoint=options.checkpoint, device=device, adapter=options.adapter
+    )
     readable = _readable(options.model, loaded.tokenizer)
     ends: Sequence[int] = sorted({readable.eos_id, *end_ids(loaded.folder)})
 

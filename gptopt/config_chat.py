@@ -8,7 +8,12 @@ from gptopt.config import SamplingOptions, Size
 class ChatOptions(SamplingOptions):
     """Talk with a model, in the terminal or line by line from a pipe."""
 
-    model: str = Field(description="model, run, Hugging Face or exported folder, or hf:org/name")
+    model: str = Field(
+        description="model, run, adapter, Hugging Face or exported folder, or hf:org/name"
+    )
+    adapter: str | None = Field(
+        None, description="LoRA adapter to put on the model; of an exported folder: its name there"
+    )
     system: str | None = Field(None, description="what the model is told before the conversation")
     chat_template: str | None = Field(
         None, description="Jinja file that spells conversations (none: the tokenizer's, or plain)"

@@ -46,19 +46,38 @@ export async function visit(chromium, device, url, expression, picture) {
     "--disable-dev-shm-usage", "--window-size=1200,800", `--user-data-dir=${profile}`,
     ...GRAPHICS[device], ...(process.getuid?.() === 0 ? ["--no-sandbox"] : []), "about:blank",
   ], { stdio: ["ignore", "ignore", "ignore", "pipe", "pipe"] });
+  const ask = connected(browser);
   try {
-    return await play(browser, url, expression, picture);
+    return await play(ask, url, expression, picture);
   } finally {
-    if (browser.exitCode === null && browser.signalCode === null) {
-      browser.kill();
-      await once(browser, "exit");
-    }
-    rmSync(profile, { recursive: true, force: true, maxRetries: 20, retryDelay: 100 });
+    await closed(browser, ask);
+    await removed(profile);
   }
 }
 
-async function play(browser, url, expression, picture) {
-  const ask = connected(browser);
+// Asked to close, the browser removes what it left outside of its profile.
+async function closed(browser, ask) {
+  if (browser.exitCode !== null || browser.signalCode !== null) return;
+  const ended = once(browser, "exit");
+  const patience = setTimeout(() => browser.kill("SIGKILL"), 10_000);
+  ask("Browser.close").catch(() => {}); // it may end before it answers
+  await ended;
+  clearTimeout(patience);
+}
+
+// Its helpers may outlive it a little, and write into the profile while it is being removed.
+async function removed(folder) {
+  for (let trial = 0; ; trial++) {
+    try {
+      return rmSync(folder, { recursive: true, force: true });
+    } catch (error) {
+      if (trial === 50) throw error;
+      await new Promise((later) => setTimeout(later, 100));
+    }
+  }
+}
+
+async function play(ask, url, expression, picture) {
   const { targetId } = await ask("Target.createTarget", { url });
   const { sessionId } = await ask("Target.attachToTarget", { targetId, flatten: true });
   let said = null;

@@ -31,9 +31,41 @@ def random_gpt(**sizes):
     return model.eval()
 
 
+def reading_gpt(text, *, vocab_size, block_size, spare=0):
+    """(random model, tokenizer of the text); the model has `spare` ids more than the tokenizer."""
+    torch.manual_seed(3)
+    tokenizer = Tokenizer.train([text], vocab_size=vocab_size)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size}
+    model = GPT(ModelConfig(**sizes, vocab_size=tokenizer.size + spare)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model, tokenizer
+
+
 @pytest.fixture(scope="session")
 def make_model():
     return random_gpt
+
+
+@pytest.fixture(scope="session")
+def make_reading_model():
+    return reading_gpt
+
+
+@pytest.fixture(scope="session")
+def make_folders(tmp_path_factory):
+    """make_folders(model, tokenizer): (model folder, exported folder)."""
+    from gptopt.export.package import export_model
+
+    def make(model, tokenizer):
+        made = tmp_path_factory.mktemp("folders")
+        (made / "model").mkdir()
+        save_model(made / "model", model, tokenizer)
+        export_model(model, tokenizer, made / "edge", force=False)
+        return str(made / "model"), str(made / "edge")
+
+    return make
 
 
 @pytest.fixture(scope="session")

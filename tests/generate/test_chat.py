@@ -6,39 +6,22 @@ import sys
 
 import pytest
 
-torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
-
-from gptopt.chat import Conversation, _edge_talker, chat  # noqa: E402
-from gptopt.checkpoint import save_model  # noqa: E402
-from gptopt.config import ModelConfig, SamplingOptions  # noqa: E402
-from gptopt.config_chat import ChatOptions  # noqa: E402
-from gptopt.errors import UserError  # noqa: E402
-from gptopt.finetune.chat import PLAIN, ChatTemplate  # noqa: E402
-from gptopt.model import GPT  # noqa: E402
-from gptopt.runtime.generation import Completion, Generated  # noqa: E402
-from gptopt.tokenizer import Tokenizer  # noqa: E402
+from gptopt.chat import Conversation, _edge_talker, chat
+from gptopt.config import SamplingOptions
+from gptopt.config_chat import ChatOptions
+from gptopt.errors import UserError
+from gptopt.finetune.chat import PLAIN, ChatTemplate
+from gptopt.runtime.generation import Completion, Generated
+from gptopt.tokenizer import Tokenizer
 
 TEXT = "user: the cat sat on the mat\nassistant: and the dog ran to the door " * 20
 GREEDY = SamplingOptions(temperature=0, max_new_tokens=5)
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(make_reading_model, make_folders):
     """(model folder, exported folder) of one random model."""
-    from gptopt.export.package import export_model
-
-    torch.manual_seed(3)
-    tokenizer = Tokenizer.train([TEXT], vocab_size=320)
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=64, vocab_size=tokenizer.size)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    made = tmp_path_factory.mktemp("chat")
-    (made / "model").mkdir()
-    save_model(made / "model", model, tokenizer)
-    export_model(model, tokenizer, made / "edge", force=False)
-    return str(made / "model"), str(made / "edge")
+    return make_folders(*make_reading_model(TEXT, vocab_size=320, block_size=64))
 
 
 class Echo:

@@ -5,32 +5,20 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
-
-from gptopt.checkpoint import save_model  # noqa: E402
-from gptopt.choices import evaluate_choices, read_questions  # noqa: E402
-from gptopt.config import EvaluateOptions, ModelConfig  # noqa: E402
-from gptopt.errors import UserError  # noqa: E402
-from gptopt.likelihood import open_likelihood  # noqa: E402
-from gptopt.model import GPT  # noqa: E402
-from gptopt.tokenizer import Tokenizer  # noqa: E402
+from gptopt.checkpoint import save_model
+from gptopt.choices import evaluate_choices, read_questions
+from gptopt.config import EvaluateOptions
+from gptopt.errors import UserError
+from gptopt.likelihood import open_likelihood
 
 TEXT = "the cat sat on the mat and the dog ran to the door " * 20
 
 
 @pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(3)
-    tokenizer = Tokenizer.train([TEXT], vocab_size=300)
-    config = ModelConfig(
-        n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=tokenizer.size + 3
-    )
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model, tokenizer
+def model(make_reading_model):
+    return make_reading_model(TEXT, vocab_size=300, block_size=24, spare=3)
 
 
 @pytest.fixture(scope="module")

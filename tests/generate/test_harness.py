@@ -5,18 +5,14 @@ import math
 
 import pytest
 
-torch = pytest.importorskip("torch")  # before what imports it: hence E402 below
+# Before what imports it.
 pytest.importorskip("lm_eval", reason="the harness is not installed: pip install 'gptopt[eval]'")
 
-import lm_eval  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
+import lm_eval
+from lm_eval.tasks import TaskManager
 
-from gptopt.checkpoint import save_model  # noqa: E402
-from gptopt.config import ModelConfig  # noqa: E402
-from gptopt.harness import HarnessModel  # noqa: E402
-from gptopt.likelihood import open_likelihood  # noqa: E402
-from gptopt.model import GPT  # noqa: E402
-from gptopt.tokenizer import Tokenizer  # noqa: E402
+from gptopt.harness import HarnessModel
+from gptopt.likelihood import open_likelihood
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the harness's own, and its libraries'
 TEXT = "the cat sat on the mat and the dog ran to the door " * 20
@@ -39,22 +35,9 @@ TASKS = {
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
+def folders(make_reading_model, make_folders):
     """(model folder, exported folder) of one random model."""
-    from gptopt.export.package import export_model
-
-    torch.manual_seed(3)
-    tokenizer = Tokenizer.train([TEXT], vocab_size=300)
-    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=24, vocab_size=tokenizer.size)
-    model = GPT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    made = tmp_path_factory.mktemp("harness")
-    (made / "model").mkdir()
-    save_model(made / "model", model, tokenizer)
-    export_model(model, tokenizer, made / "edge", force=False)
-    return str(made / "model"), str(made / "edge")
+    return make_folders(*make_reading_model(TEXT, vocab_size=300, block_size=24))
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 from gptopt.bench.inference_goals import reached
 from gptopt.bench.inference_models import make_gpt2
+from gptopt.bench.inference_profile import profiles
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.bench.machine import command_line, stamp
 from gptopt.bench.processes import Worker, run_once, wait_for_quiet, worker_command
@@ -256,6 +257,9 @@ def _measured(
         for row in rows:
             _write(file, row)
         for row in _race(options, racing, threads, config["vocab_size"] - 1):
+            rows.append(row)
+            _write(file, row)
+        for row in profiles(rows, {each.model.name: each.model for each in ours}):
             rows.append(row)
             _write(file, row)
     summary = summarise(rows)

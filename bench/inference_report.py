@@ -98,9 +98,53 @@ def write_table(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
         text.append("| " + " | ".join(cells) + " |")
     if goals := reached(rows, summary):
         text += ["", *table(goals)]
+    if profiles := [row for row in rows if row.get("kind") == "profile"]:
+        text += ["", *limits(profiles)]
     path = out / "inference.md"
     path.write_text("\n".join([*text, ""]), encoding="utf-8")
     return path
+
+
+def limits(profiles: Sequence[Row]) -> list[str]:
+    """What a token's time goes to, as Markdown: a line for each profile.
+
+    What is furthest above the time that its bytes take at the bandwidth of the same minute is what
+    limits. The profiler makes each node some microseconds longer, so the parts may add up to more
+    than the token, which was timed without it.
+    """
+    text = [
+        "Where a goal is missed, onnxruntime's profile of our nearest contender:",
+        "",
+        "| profiled | a token | memory read | products | attention | other operators "
+        "| furthest above the floor |",
+        "|---" * 7 + "|",
+    ]
+    for row in profiles:
+        parts: dict[str, list[Row]] = {"products": [], "attention": [], "other operators": []}
+        for operator in row["operators"]:
+            op = operator["op"]
+            kind = "products" if "MatMul" in op else "attention" if "Attention" in op else ""
+            parts[kind or "other operators"].append(operator)
+        rate = row["memory_gb_per_s"] * 1e9
+        total = sum(operator["us"] for operator in row["operators"])
+        cells, above = [], {}
+        for name, operators in parts.items():
+            time_us = sum(operator["us"] for operator in operators)
+            size = sum(operator["bytes"] for operator in operators)
+            above[name] = time_us - size / rate * 1e6
+            cell = f"{time_us / 1e3:.2f} ms ({100 * time_us / total:.0f}%), "
+            cell += f"{sum(operator['nodes'] for operator in operators)} nodes"
+            if size and time_us:
+                speed = size / time_us * 1e6
+                cell += f", {size / 1e6:.1f} MB at {speed / 1e9:.1f} GB/s ({speed / rate:.2f})"
+            cells.append(cell)
+        most = max(above, key=lambda name: above[name])
+        text.append(
+            f"| {row['contender'].removeprefix('gptopt ')}, {row['workload']} "
+            f"| {row['token_ms']:.2f} ms | {rate / 1e9:.1f} GB/s | {' | '.join(cells)} "
+            f"| {most}, by {above[most] / 1e3:.2f} ms |"
+        )
+    return text
 
 
 def _cell(line: Row | None) -> str:

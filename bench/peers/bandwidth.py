@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-_BYTES = 512 << 20
+BYTES = 512 << 20
 
 
 class Peer:
@@ -19,16 +19,21 @@ class Peer:
     version, disk_bytes, cache_bytes = "memory read", 0, 0
 
     def __init__(self, model: Path, variant: str, threads: int) -> None:
-        self.parts = np.array_split(np.ones(_BYTES // 4, dtype=np.float32), threads)
+        self.parts = np.array_split(np.ones(BYTES // 4, dtype=np.float32), threads)
         self.pool = ThreadPoolExecutor(threads)
 
     def generate(self, ids: Any, new: int) -> tuple[Any, list[float]]:
         """See the package."""
-        times = []
-        for _ in range(2 if new == 1 else 8):
+        times = self.seconds(2 if new == 1 else 8)
+        median = sorted(times)[len(times) // 2]
+        rate = BYTES / median / 1e9
+        return np.zeros((len(ids), new), np.int64), [0.0, median, median + len(ids) / rate]
+
+    def seconds(self, times: int) -> list[float]:
+        """What so many readings took."""
+        taken = []
+        for _ in range(times):
             began = time.perf_counter()
             list(self.pool.map(lambda part: np.dot(part, part), self.parts))
-            times.append(time.perf_counter() - began)
-        median = sorted(times)[len(times) // 2]
-        rate = _BYTES / median / 1e9
-        return np.zeros((len(ids), new), np.int64), [0.0, median, median + len(ids) / rate]
+            taken.append(time.perf_counter() - began)
+        return taken

@@ -17,9 +17,11 @@ def test_nodes_are_added_up_by_operator_and_width():
         events += [
             node("a", "MatMul", at + 1, 10 * slow, 3072), node("b", "MatMul", at + 2, 20, 768),
             node("c", "MatMul", at + 3, 5, 768), node("d", "Add", at + 4, 2),
+            node("e", "Attention", at + 5, 4),
         ]  # fmt: skip
         events.append({"cat": "Node", "name": "d_fence_before", "ts": at + 4, "dur": 99})
-    found = _by_operator(events, tokens=2)
-    assert [(row["op"], row["width"], row["nodes"], row["us"]) for row in found] == [
-        ("MatMul", 768, 2, 25.0), ("MatMul", 3072, 1, 20.0), ("Add", 0, 1, 2.0),
+    found = _by_operator(events, tokens=2, weights={"a": 70, "b": 5, "c": 6}, cache=9)
+    assert [tuple(row.values()) for row in found] == [
+        ("MatMul", 768, 2, 25.0, 11), ("MatMul", 3072, 1, 20.0, 70), ("Attention", 0, 1, 4.0, 9),
+        ("Add", 0, 1, 2.0, 0),
     ]  # fmt: skip

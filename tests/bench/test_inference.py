@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gptopt.bench import inference as bench
+from gptopt.bench import inference_profile
 from gptopt.bench.inference_goals import reached, table
 from gptopt.bench.inference_models import make_gpt2, write_tokenizer
 from gptopt.bench.inference_report import summarise, write_chart, write_table
@@ -205,7 +206,6 @@ def test_the_model_has_a_tokenizer_of_its_size(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_model_says_different_tokens_behind_different_texts(tmp_path):
     import torch
     from transformers import GPT2LMHeadModel
@@ -244,6 +244,40 @@ def test_goals_name_the_preset_that_meets_them_and_what_is_missing():
     assert found["memory of q4", "peak_mib", None]["reached"]
     assert not [key for key in found if key[0].startswith(("q8", "fp32", "load"))]
     assert "6% short" in table(list(found.values()))[-2]
+
+
+def test_what_limits_a_missed_goal_is_profiled_and_told(tmp_path, monkeypatch):
+    head = {"anchor": "gptopt a q4", "threads": 2, "machine": {"processor": "p", "commit": "c"},
+            "shape": {"n_layer": 1, "n_embd": 1}}  # fmt: skip
+    rows = [head]
+    for name, rate in (("gptopt a q4", 120.0), ("llamacpp q4_0", 100.0)):
+        rows.append({"kind": "load", "contender": name, "disk_bytes": 1, "cache_bytes": 4})
+        for workload in ("decode 32+128", "decode 896+128"):
+            rows.append({"kind": "sample", "workload": workload, "contender": name,
+                         "tokens_per_s": rate, "other_cpu": 0.0})  # fmt: skip
+    operators = [
+        {"op": "MatMulNBits", "width": 8, "nodes": 49, "us": 1500.0, "bytes": 60_000_000},
+        {"op": "GroupQueryAttention", "width": 0, "nodes": 12, "us": 400.0, "bytes": 1_000_000},
+        {"op": "Add", "width": 0, "nodes": 30, "us": 100.0, "bytes": 0},
+    ]
+    asked = []
+
+    def profile(*given):
+        asked.append(given)
+        return {"token_ms": 2.1, "memory_gb_per_s": 50.0, "operators": operators}
+
+    monkeypatch.setattr(inference_profile, "profile", profile)
+    found = list(inference_profile.profiles(rows, {"a": tmp_path}))
+    assert asked == [(tmp_path, "q4", 32, 64, 2), (tmp_path, "q4", 896, 64, 2)]
+    path = write_table(tmp_path, [*rows, *found], summarise(rows))
+    assert (
+        "| a q4, decode 32+128 | 2.10 ms | 50.0 GB/s "
+        "| 1.50 ms (75%), 49 nodes, 60.0 MB at 40.0 GB/s (0.80) "
+        "| 0.40 ms (20%), 12 nodes, 1.0 MB at 2.5 GB/s (0.05) "
+        "| 0.10 ms (5%), 30 nodes | attention, by 0.38 ms |"
+    ) in path.read_text()
+    with pytest.raises(UserError, match=r"--edge: gptopt a q4 needs a profile; give the folder a"):
+        list(inference_profile.profiles(rows, {}))
 
 
 def test_goals_are_measured_against_the_fastest_peer_by_time_too():

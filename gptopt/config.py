@@ -178,6 +178,9 @@ class LoopOptions(Options):
     exact: bool = Field(
         False, description="with --resume: refuse what would change the last bits of the numbers"
     )
+    dry_run: bool = Field(
+        False, description="say what the run would hold in memory and how long it takes, no more"
+    )
     init_from: str | None = Field(None, description="model whose weights to start from")
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="which operator bodies run"

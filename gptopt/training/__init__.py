@@ -22,6 +22,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         were not finite), parameters, device, dtype, checkpoint (the last one's folder),
         best_checkpoint (null where nothing was evaluated), loss_curve (PNG, null without
         matplotlib), resumed_from (step, null for a fresh run) and already_complete.
+        With dry_run nothing is written, and what it returns is gptopt.training.estimate.dry_run's.
 
     Raises:
         UserError: the options, the text or the run folder do not allow it (exit 2).

@@ -44,7 +44,7 @@ class Distilled(NextToken):
             raise UserError(
                 f"--distill.teacher {name}: is a masked language model; it knows no next token"
             )
-        self._teacher.model.eval().requires_grad_(False)
+        self.teacher = self._teacher.model.eval().requires_grad_(False)
 
     def own_tokenizer(self, start: LoadedModel | None) -> Tokenizer | None:
         """A new student reads with its teacher's tokenizer."""
@@ -82,7 +82,8 @@ class Distilled(NextToken):
         keywords.pop("z_loss", None)
         logits = forward(ids=inputs["ids"], **keywords).logits.flatten(0, 1)  # (B T, V)
         plain = F.cross_entropy(logits.float(), targets.flatten(), label_smoothing=smoothing)
-        teacher = self._teacher.model.to(logits.device)
+        assert self.teacher is not None
+        teacher = self.teacher.to(logits.device)
         with torch.no_grad():
             taught = teacher(inputs["ids"]).logits.flatten(0, 1)
         options, V = self.options.distill, self.tokenizer.size  # ids behind it are padding

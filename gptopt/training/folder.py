@@ -14,7 +14,7 @@ from gptopt.training.lock import LOCK
 
 CONFIG = "config.toml"
 LOG = "log.txt"
-_NOT_SAVED = {"resume", "json_output", "preset"}  # a preset's values are in [model]
+_NOT_SAVED = {"resume", "dry_run", "json_output", "preset"}  # a preset's values are in [model]
 
 
 def refuse_foreign(out: Path) -> None:

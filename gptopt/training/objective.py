@@ -70,6 +70,7 @@ class Objective(ABC):
         options: the verb's.
         tokenizer: set by `open`, as is sha256, the identity of the data.
         block_size: tokens of a sequence at most; set by `model_config`.
+        teacher: another model that its loss calls, if it does.
     """
 
     # Options that a resumed run may not change. How long it goes on, what it shows and where it
@@ -84,6 +85,7 @@ class Objective(ABC):
     tokenizer: Tokenizer
     sha256: str
     block_size: int
+    teacher: GPT | None = None
 
     def explicit_shape(self) -> dict[str, Any]:
         """Fields of the model that the user named, to compare with a checkpoint's early."""

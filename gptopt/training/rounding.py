@@ -50,6 +50,10 @@ class Rounding:
         how = self._how(name, weight)
         return weight if how is None else how(weight)
 
+    def rounds(self, name: str, weight: Tensor) -> bool:
+        """Whether an export rounds a weight; its values are not read."""
+        return self._how(name, weight) is not None
+
     @contextlib.contextmanager
     def applied(self, model: GPT) -> Iterator[None]:
         """The model's weights are rounded inside, and what they were outside."""

@@ -14,6 +14,7 @@ from gptopt.manifest import read_json, write_json
 from gptopt.training.card import write_cards
 from gptopt.training.checkpoints import Checkpoints, step_of
 from gptopt.training.distributed import World, join_world
+from gptopt.training.estimate import dry_run
 from gptopt.training.folder import log_to_file, refuse_foreign, write_config
 from gptopt.training.hardware import device_name, dtype_name, environment, matmul_peak
 from gptopt.training.lock import LOCK, hold_lock
@@ -38,6 +39,8 @@ PICTURE = "loss.png"
 def run(objective: Objective) -> dict[str, Any]:
     """Train as `gptopt.training.train` documents."""
     options = objective.options
+    if options.dry_run:
+        return dry_run(objective)
     out = Path(options.out)
     with join_world(options) as world, contextlib.ExitStack() as held:
         if world.sharded and options.sample_every:

@@ -20,6 +20,7 @@ from gptopt.training.checkpoints import Checkpoints
 from gptopt.training.distributed import ALONE, World, launched, micro_batches, rank_device
 from gptopt.training.hardware import (
     dtype_name,
+    precision,
     refuse_too_large,
     resolve_device,
     resolve_dtype,
@@ -75,10 +76,8 @@ class Session:
         self.saver = Saver(self)
 
     def precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Autocast for a forward pass; nothing in fp32."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        """Around a forward pass."""
+        return precision(self.device, self.dtype)
 
     def rounded(self) -> contextlib.AbstractContextManager[Any]:
         """Around what the model does: its weights are as --qat rounds them, if it does."""
@@ -143,7 +142,7 @@ def open_session(
     device = resolve_device(rank_device(options.device, launched()))
     dtype = resolve_dtype(options.dtype, device)
     _seed_everything(options.seed)
-    start = _starting_model(options, checkpoint)
+    start = starting_model(options, checkpoint)
     world.on_first(lambda: objective.open(out, start, resuming=resuming))
     if not world.is_first:  # what rank 0 may have tokenised
         objective.open(out, start, resuming=resuming)
@@ -206,7 +205,8 @@ def _build_model(
     return shard(model, device, dtype, world) if world.sharded else model.to(device)
 
 
-def _starting_model(options: LoopOptions, checkpoint: Path | None) -> LoadedModel | None:
+def starting_model(options: LoopOptions, checkpoint: Path | None) -> LoadedModel | None:
+    """What a run continues from, or begins with; None where its weights are drawn."""
     source = checkpoint or options.init_from
     if source is None:
         return None

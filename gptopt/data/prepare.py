@@ -286,12 +286,15 @@ def _sample(corpus: Corpus, plan: Plan, shown: Progress) -> Iterator[str]:
     """The first training text of each file, in equal shares."""
     share = max(1, _SAMPLE_CHARACTERS // len(corpus.paths))
     taken = dict.fromkeys(corpus.paths, 0)
+    last = corpus.paths[-1]
     for split, piece in plan.assign(corpus.pieces()):
         text = piece.text[: share - taken[piece.path]] if split == "train" else ""
         if text:
             taken[piece.path] += len(text)
             shown.update(len(text))
             yield text
+        if taken[last] == share:
+            return
 
 
 def _write_tokens(

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from gptopt.data.sampler import shuffled
 from gptopt.data.sources import Piece
+
+_WORDS_AT_ONCE = 2**18
+_LOW_BITS = np.uint64(48)
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,10 @@ class Plan:
         if documents == 1:
             return cls(validates, cut=int(characters * (1 - fraction)))
         count = min(max(1, round(fraction * documents)), documents - 1)
-        order = np.arange(documents) if files == 1 else shuffled(documents, 0)
-        validates[order[-count:]] = True
+        if files == 1:
+            validates[-count:] = True
+        else:
+            _mark_last_of_shuffle(validates, count)
         return cls(validates)
 
     def assign(self, pieces: Iterable[Piece]) -> Iterator[tuple[str, Piece]]:
@@ -48,3 +52,27 @@ class Plan:
             if here < len(piece.text):
                 tail = replace(piece, text=piece.text[here:], offset=piece.offset + here)
                 yield "val", tail
+
+
+def _mark_last_of_shuffle(marks: npt.NDArray[np.bool_], count: int) -> None:
+    """Mark what `shuffled(len(marks), 0)[-count:]` holds, in memory that does not grow with it.
+
+    Those are the places of the largest of the words that `shuffled` sorts: how large a word must be
+    is found by counting their first bits, then by sorting the few that share the decisive ones.
+    """
+    tops = np.zeros(2**16, dtype=np.int64)
+    for _, words in _words(len(marks)):
+        tops += np.bincount((words >> _LOW_BITS).astype(np.int64), minlength=len(tops))
+    above = tops[::-1].cumsum()[::-1]  # words whose first bits are these or larger
+    top = int(np.flatnonzero(above >= count)[-1])
+    among = np.sort(np.concatenate([w[w >> _LOW_BITS == top] for _, w in _words(len(marks))]))
+    least = among[int(above[top]) - count]
+    for begin, words in _words(len(marks)):
+        marks[begin : begin + len(words)] = words >= least
+
+
+def _words(count: int) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+    """The words of `random_words(count, 0)`, some at a time, each time with where they begin."""
+    source = np.random.Philox(np.random.SeedSequence((0,)))
+    for begin in range(0, count, _WORDS_AT_ONCE):
+        yield begin, source.random_raw(min(_WORDS_AT_ONCE, count - begin))

@@ -106,6 +106,7 @@ def _usage(config: ModelConfig, report: Mapping[str, Any], tokenizer: bool) -> s
             f"The graph takes {inputs} and gives `logits`, a score of each label for each text; "
             f"config.json names the labels (`id2label`).\n\n"
             "```\npip install 'gptopt[edge]'\ngptopt run THIS_FOLDER --prompt \"some text\"\n```"
+            "\n\n`samples/run.py` needs onnxruntime and numpy alone."
         )
     if not config.causal:
         return f"The graph takes {inputs} and gives `logits`."

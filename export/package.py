@@ -161,8 +161,7 @@ def export_model(
         files = [each.file for each in variants]
         names = [each.name for each in plan.adapters]
         write_configs(staging, config, tokenizer, target.name, files, names)
-        if labels_of(config) is None:
-            write_samples(staging, phones=plan.mobile)
+        write_samples(staging, labels=labels_of(config) is not None, phones=plan.mobile)
         mobile = write_mobile(staging, [each.facts for each in files]) if plan.mobile else None
         report = {**report_of(staging, model, build, variants), "mobile": mobile}
         write_json(staging / REPORT, report)

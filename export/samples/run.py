@@ -6,7 +6,8 @@
     python samples/run.py --text "Once upon a time"    the same with text
 
 A causal model goes on with the likeliest tokens. A masked language model prints the likeliest id
-of every position. Which file runs, and what kind of cache it has, stands in config.json.
+of every position, a classifier the names of each prompt's labels. Which file runs, and what kind
+of cache it has, stands in config.json.
 """
 
 import argparse
@@ -37,6 +38,8 @@ class Model:
         self.file = files[precision or next(iter(files))]
         self.block_size = config["gptopt"]["block_size"]
         self.ids = config["gptopt"]["tokenizer_size"]  # the head may have more rows than that
+        self.labels: list[str] = config["gptopt"].get("labels", [])
+        self.several = config["gptopt"].get("multi_label", False)  # labels of one text
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
@@ -55,7 +58,10 @@ class Model:
                 self.past[value.name] = ort.OrtValue.ortvalue_from_numpy(empty)
 
     def __call__(self, ids: Any, mask: Any, positions: Any) -> Any:
-        """Scores (rows, T, ids) behind ids (rows, T); mask (rows, S) is of all tokens so far."""
+        """Scores (rows, T, ids) behind ids (rows, T); mask (rows, S) is of all tokens so far.
+
+        Of a classifier: (rows, labels).
+        """
         binding = self.session.io_binding()
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         held = {name: np.ascontiguousarray(array, np.int64) for name, array in given.items()}
@@ -73,7 +79,8 @@ class Model:
         logits, *presents = binding.get_outputs()
         if not self.in_place:  # else the buffers hold it already
             self.past = dict(zip(self.past, presents, strict=True))
-        return logits.numpy()[..., : self.ids]
+        scores = logits.numpy()
+        return scores if self.labels else scores[..., : self.ids]
 
 
 def pad(prompts: list[list[int]], side: str) -> tuple[Any, Any]:
@@ -118,13 +125,25 @@ def generate(model: Model, prompts: list[list[int]], tokens: int, end: set[int])
     return chosen
 
 
-def likeliest(model: Model, prompts: list[list[int]]) -> list[list[int]]:
-    """The likeliest id of every position, of a masked language model."""
+def whole(model: Model, prompts: list[list[int]]) -> Any:
+    """Scores of whole prompts, of a model without a cache."""
     ids, mask = pad(prompts, "right")
     if ids.shape[1] > model.block_size:
         sys.exit(f"a prompt has {ids.shape[1]} tokens, this model reads up to {model.block_size}")
-    best = model(ids, mask, np.maximum(mask.cumsum(1) - 1, 0)).argmax(2)
+    return model(ids, mask, np.maximum(mask.cumsum(1) - 1, 0))
+
+
+def likeliest(model: Model, prompts: list[list[int]]) -> list[list[int]]:
+    """The likeliest id of every position, of a masked language model."""
+    best = whole(model, prompts).argmax(2)
     return [row[: len(prompt)].tolist() for row, prompt in zip(best, prompts, strict=True)]
+
+
+def labelled(model: Model, prompts: list[list[int]]) -> list[list[str]]:
+    """The label of each prompt; of a text that may have several, those likelier than not."""
+    scores = whole(model, prompts)
+    chosen = scores > 0 if model.several else scores == scores.max(1, keepdims=True)
+    return [[model.labels[at] for at in np.flatnonzero(row)] for row in chosen]
 
 
 def read(path: Path) -> Any:
@@ -162,6 +181,9 @@ def main() -> None:
     model = Model(FOLDER, given.precision, given.threads)
     if any(id_ not in range(model.ids) for prompt in prompts for id_ in prompt):
         sys.exit(f"a token id is not among those of this model, 0 to {model.ids - 1}")
+    if model.labels:
+        sys.stdout.writelines(", ".join(row) + "\n" for row in labelled(model, prompts))
+        return
     if model.past:
         rows = generate(model, prompts, given.tokens, end_ids(FOLDER))
     else:

@@ -8,16 +8,19 @@ import sys
 import numpy as np
 import pytest
 import torch
-from random_models import random_gpt
+from random_models import random_gpt, spread
 
-from gptopt.config import SamplingOptions
+from gptopt.config import ModelConfig, SamplingOptions
+from gptopt.config_classifier import Labelling
 from gptopt.errors import CheckFailed
 from gptopt.export.package import Plan, export_model
 from gptopt.export.samples import SAMPLES
 from gptopt.export.targets import TARGETS
+from gptopt.model.classifier import Classifier
 from gptopt.precisions import find_precisions
 from gptopt.runtime import EdgeModel
 from gptopt.runtime.folder import verify_folder
+from gptopt.runtime.label import label_texts
 from gptopt.tokenizer import Tokenizer
 
 PROMPTS = [[15, 27, 91, 8, 33], [7, 9], [100, 3, 3, 41]]
@@ -147,3 +150,24 @@ def test_each_says_at_its_top_what_it_takes(folder):
         head = (folder / "samples" / name).read_text(encoding="utf-8")[:900]
         assert "Takes token ids" in head or "Takes text" in head
         assert "config.json" in (folder / "samples" / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_the_python_one_names_the_labels_of_a_text(multi_label, tokenizer, tmp_path):
+    shape = ModelConfig(n_layer=1, n_head=4, n_embd=32, block_size=32, vocab_size=320)
+    labelling = Labelling(labels=["one", "two", "three"], multi_label=multi_label)
+    model = spread(Classifier(labelling.of(shape), kernels="reference"))
+    folder = tmp_path / "edge"
+    export_model(model, tokenizer, folder)
+    assert {path.name for path in (folder / "samples").iterdir()} == {"run.py"}
+    texts = ["a small text", "numbers", "12 or 345", "words and words", "few of quite a few", "or"]
+    edge = EdgeModel(folder)
+    wanted = label_texts(
+        lambda ids, mask: edge.forward(ids, mask)[0], tokenizer, texts,
+        labels=edge.config["labels"], multi_label=multi_label, block_size=edge.block_size,
+    )  # fmt: skip
+    done = python(folder, "--text", *texts)
+    assert done.stderr == ""
+    said = done.stdout.splitlines()
+    assert said == [", ".join(each["labels"]) for each in wanted]
+    assert len(set(said)) > 1

@@ -14,6 +14,7 @@ import torch
 
 from gptopt import __version__
 from gptopt.config import LoopOptions, ModelConfig
+from gptopt.config_classifier import labels_of
 from gptopt.errors import UserError
 from gptopt.kernels import OPERATORS, explain
 from gptopt.model import GPT
@@ -128,23 +129,23 @@ def _timed_matmul(left: torch.Tensor) -> float:
 def flops_per_token(model: GPT, block_size: int) -> float:
     """Operations of one forward and backward pass per token.
 
-    6 per weight of a matrix product, plus the attention products at the average number of keys a
-    causal query sees. Source: Chowdhery et al. 2022, arXiv:2204.02311, appendix B (which counts
-    every key, causal or not). Looking up an embedding is no product.
+    6 per weight of a matrix product (4 where it is frozen), plus the attention products at the
+    average number of keys a causal query sees. Source: Chowdhery et al. 2022, arXiv:2204.02311,
+    appendix B (which counts every key, causal or not). Looking up an embedding is no product.
     """
     config = model.config
-    assert config.vocab_size is not None
-    weights = config.n_embd * config.vocab_size if config.tie_head else 0
-    weights += sum(
-        parameter.numel()
+    tied = config.tie_head and labels_of(config) is None
+    looked_up = ("wpe.weight",) if tied else ("wpe.weight", "wte.weight")
+    products = sum(
+        parameter.numel() * (6 if parameter.requires_grad else 4)
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and not name.startswith(("wte.", "wpe."))
+        if parameter.ndim >= 2 and name not in looked_up
     )
     keys = (block_size + 1) / 2 if config.causal else float(block_size)
     if config.window is not None:
         keys = min(keys, float(config.window))
     attention = 12 * config.n_layer * config.n_head * config.head_size * keys
-    return 6 * weights + attention
+    return products + attention
 
 
 def memory_bytes(device: torch.device) -> int | None:

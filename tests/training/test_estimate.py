@@ -6,10 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
-from gptopt.config import TrainOptions
+from gptopt.config import LoraOptions, ModelConfig, TrainOptions
+from gptopt.config_classifier import ClassifierConfig
 from gptopt.errors import UserError
+from gptopt.lora import apply_lora
+from gptopt.model import GPT, Classifier
 from gptopt.training import estimate, train
+from gptopt.training.hardware import flops_per_token
 from gptopt.training.memory import Meter
 from gptopt.training.session import Session
 from gptopt.training.step import Stepper
@@ -162,6 +167,23 @@ def test_speed_and_time_follow_from_the_peak(options, in_full):
     assert found["tokens_per_second_at_most"] == pytest.approx(rate)
     assert found["seconds_at_least"] == pytest.approx(6 * 48 / rate)
     assert dry(options, max_seconds=1e-9)["seconds_at_least"] == 1e-9
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "adapter", "labels"])
+def test_operations_are_those_that_torch_counts(kind):
+    """Of one token, where attention is next to nothing; the first layer's input has no gradient."""
+    shape = {"n_layer": 6, "n_head": 2, "n_embd": 32, "block_size": 1, "vocab_size": 64}
+    shape["tie_head"] = kind != "untied"
+    if kind == "labels":
+        model = Classifier(ClassifierConfig(**shape, labels=["a", "b"]), kernels="reference")
+    else:
+        model = GPT(ModelConfig(**shape), kernels="reference")
+    if kind == "adapter":
+        apply_lora(model, LoraOptions(rank=4, targets="attention,ffn"))
+    with FlopCounterMode(display=False) as counter:
+        out = model(torch.tensor([[3]]), torch.tensor([0] if kind == "labels" else [[3]]))
+        out.loss.backward()
+    assert flops_per_token(model, 1) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
 def test_a_run_that_exists_or_is_shared_is_not_estimated(options, monkeypatch):

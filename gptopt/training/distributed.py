@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
 
 from gptopt.config import LoopOptions
-from gptopt.errors import CheckFailed, UserError, first_line
+from gptopt.errors import CheckFailed, Interrupted, UserError, first_line
 
 Parallel = Literal["none", "ddp", "fsdp"]
 T = TypeVar("T")
@@ -35,6 +35,10 @@ class Group:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         self._group = group
+
+    def leave(self) -> None:
+        """Exchange nothing more; all processes must call it, with nothing under way."""
+        self._group = None
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -241,8 +245,12 @@ def join_world(options: LoopOptions) -> Iterator[World]:
         _connect(launch, store, device, timeout)
         groups = [_gloo(timeout), _gloo(_PATIENCE), _gloo(_PATIENCE)]
         parallel: Parallel = "fsdp" if options.parallel == "fsdp" else "ddp"
-        yield World(launch.rank, launch.size, parallel, *groups)
-        dist.destroy_process_group()
+        try:
+            yield World(launch.rank, launch.size, parallel, *groups)
+        except Interrupted:  # on all ranks at once, as the end is
+            _part(groups)
+            raise
+        _part(groups)
     except UserError as error:
         _tell_once(store, error)
         raise
@@ -260,6 +268,17 @@ def join_world(options: LoopOptions) -> Iterator[World]:
         # After an error NCCL would wait for ranks that are gone; the process's end ends it.
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
+
+
+def _part(groups: list[Group]) -> None:
+    """Leave the other ranks when all have come to their end.
+
+    A group's own threads may still hold tensors of what was exchanged last, and a thread that lets
+    go of one while Python ends aborts the process. They are waited for once nobody refers to it.
+    """
+    for group in groups:
+        group.leave()
+    dist.destroy_process_group()
 
 
 def _store(launch: Launch, timeout: timedelta) -> Store:

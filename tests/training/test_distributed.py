@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,11 +17,11 @@ from rank import results
 from safetensors.torch import load_file
 
 from gptopt.checkpoint import load_model
-from gptopt.errors import CheckFailed, UserError
+from gptopt.errors import CheckFailed, Interrupted, UserError
 from gptopt.manifest import verify_manifest
 from gptopt.training import train
 from gptopt.training.checkpoints import Checkpoints
-from gptopt.training.distributed import Group, Launch, micro_batches, rank_device
+from gptopt.training.distributed import Group, Launch, join_world, micro_batches, rank_device
 from gptopt.training.metrics import read_metrics
 from gptopt.training.pretraining import NextToken
 from gptopt.training.sharded import ShardReader, load_sharded
@@ -224,6 +225,30 @@ def test_a_full_disk_on_one_rank_leaves_the_checkpoint_before(options, tmp_path,
 def test_ranks_without_torchrun_are_refused(options):
     with pytest.raises(UserError, match=r"--parallel fsdp needs several processes.*torchrun"):
         train(options(parallel="fsdp"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("saved_by_a_signal", [False, True])
+def test_no_thread_of_a_group_outlives_the_run(options, monkeypatch, saved_by_a_signal):
+    """One that lets go of a tensor while Python ends would abort the process."""
+
+    def threads():
+        names = (path.read_text() for path in Path("/proc/self/task").glob("*/comm"))
+        return sum("gloo" in name for name in names)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1,
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}  # fmt: skip
+    for name, value in alone.items():
+        monkeypatch.setenv(name, str(value))
+    before = threads()
+    with contextlib.suppress(Interrupted), join_world(options(parallel="fsdp")) as world:
+        assert world.control.all("said") == ["said"]
+        assert threads() > before
+        if saved_by_a_signal:
+            raise Interrupted("saved", 143)
+    assert threads() == before
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):

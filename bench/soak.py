@@ -107,21 +107,44 @@ def fill_disk(arguments: list[str], chance: random.Random) -> None:
 
 
 def kill_rank(arguments: list[str], chance: random.Random) -> None:
-    """kill -9 on one of two ranks, or on the launcher with both of them."""
+    """kill -9 on one of two ranks, or on both of them and their launcher."""
     process = _launch(arguments)
     try:
         time.sleep(chance.uniform(4, 14))
-        listed = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(
-            encoding="utf-8"
-        )
-        victims = [int(pid) for pid in listed.split()]
+        victims = _children(process.pid)
         if victims and chance.random() < 0.7:
             os.kill(chance.choice(victims), signal.SIGKILL)
             process.wait(timeout=_PATIENCE_S)
     finally:
+        _kill_all(process)
+
+
+def _kill_all(launcher: subprocess.Popen[bytes]) -> None:
+    """End a launcher and its ranks, which are no process group, and wait until they are gone."""
+    if launcher.poll() is not None:
+        return
+    os.kill(launcher.pid, signal.SIGSTOP)  # it starts no other rank meanwhile
+    ranks = _children(launcher.pid)
+    for pid in (launcher.pid, *ranks):
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+            os.kill(pid, signal.SIGKILL)
+    launcher.wait()
+    while any(map(_runs, ranks)):
+        time.sleep(0.01)
+
+
+def _children(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
+    return [int(child) for child in listed.split()]
+
+
+def _runs(pid: int) -> bool:
+    """Whether a process is there, and not only its entry in the table."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] != "Z"
 
 
 def _launch(arguments: list[str]) -> subprocess.Popen[bytes]:

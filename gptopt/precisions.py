@@ -168,6 +168,11 @@ def find_precisions(names: str) -> list[Precision]:
         UserError: one of them is unknown, or there is none.
     """
     wanted = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if "bf16" in wanted:
+        raise UserError(
+            "--precision bf16: onnxruntime's CPU, on which every file is proven before it is "
+            "written, has no MatMul or GroupQueryAttention in bfloat16; use fp16"
+        )
     unknown = [name for name in wanted if name not in PRECISIONS]
     if unknown or not wanted:
         found = repr(unknown[0]) if unknown else "nothing"

@@ -7,14 +7,14 @@ import pytest
 from random_models import random_gpt
 from test_options import TOGETHER
 
-from gptopt.errors import CheckFailed
+from gptopt.errors import CheckFailed, UserError
 from gptopt.export import registry
 from gptopt.export.notes import Notes
 from gptopt.export.pipeline import Build, build_graph
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import ORT_CUDA, STANDARD
-from gptopt.precisions import PRECISIONS
+from gptopt.precisions import PRECISIONS, find_precisions
 
 
 def half(**options):
@@ -41,6 +41,22 @@ def test_every_node_has_a_cuda_kernel_and_the_note_says_where_it_was_looked_up(l
     (note,) = said(build, "check")
     assert note.what == "kernels looked up among those of onnxruntime-gpu 1.31.1"
     assert note.reason.endswith("nothing was run on a GPU")
+
+
+def test_bfloat16_has_kernels_on_cuda_but_none_for_the_proof():
+    kinds = {}
+    for name in (("", "MatMul"), ("com.microsoft", "GroupQueryAttention")):
+        for where, kernels in (
+            ("cuda", registry._listed()[1]), ("cpu", registry._kernels("CPUExecutionProvider"))
+        ):  # fmt: skip
+            every = [kind for kernel in kernels[name] for kind in kernel.types["T"]]
+            kinds[where, name[1]] = "tensor(bfloat16)" in every
+    assert kinds == {
+        ("cuda", "MatMul"): True, ("cuda", "GroupQueryAttention"): True,
+        ("cpu", "MatMul"): False, ("cpu", "GroupQueryAttention"): False,
+    }  # fmt: skip
+    with pytest.raises(UserError, match=r"--precision bf16: .* is proven .* bfloat16; use fp16"):
+        find_precisions("fp16,bf16")
 
 
 def test_a_node_without_a_cuda_kernel_is_found():

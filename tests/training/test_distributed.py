@@ -302,13 +302,13 @@ def torchrun(flags, tmp_path):
     """Start `torchrun --no-python gptopt train ...` with two ranks; killed at the end."""
     with contextlib.ExitStack() as stack:
 
-        def start(**changes):
+        def start(before=(), **changes):
             scripts = Path(sys.executable).parent
             process = subprocess.Popen(
                 [
                     scripts / "torchrun", "--no-python", "--nproc-per-node", "2",
                     "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0",
-                    scripts / "gptopt", "train", *flags(**changes), "--json",
+                    *before, scripts / "gptopt", "train", *flags(**changes), "--json",
                 ],
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
                 env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True,
@@ -320,6 +320,10 @@ def torchrun(flags, tmp_path):
             return process
 
         yield start
+
+
+# Leaves each rank's exit code in a file: torchrun tells its own alone.
+TELLING = ["sh", "-c", 'trap : TERM; "$@"; echo $? > code-$RANK', "sh"]
 
 
 def workers(launcher):
@@ -346,13 +350,14 @@ def wait_for_step(run, process, seconds=90.0):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_sigterm_ends_every_rank_saved_within_30_seconds(options, tmp_path, torchrun, ranks):
     forever = {"steps": 10**6, "checkpoint_every": 0, "parallel": "fsdp", "model": TWO}
-    process = torchrun(**forever)
+    process = torchrun(before=TELLING, **forever)
     wait_for_step(tmp_path / "run", process)
     began = time.monotonic()
     process.terminate()
     out, errors = process.communicate(timeout=60)
     assert time.monotonic() - began < 30
     assert process.returncode != 0
+    assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == ["143\n"] * 2
     assert errors.count("SIGTERM, saved at step") == 1
     assert "continue with the same command and --resume" in errors
     assert out == ""

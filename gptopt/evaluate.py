@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +35,38 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Ints = npt.NDArray[np.int64]
+T = TypeVar("T")
 # inputs (B, T), targets (B, T) -> sum over the targets of -ln p, in nats
 Scorer = Callable[[Ints, Ints], float]
 
 _LOGITS_AT_ONCE = 2**26  # float32 logits of one batch in onnxruntime: 256 MiB
 _POSITIONS_AT_ONCE = 64  # whose log-softmax is computed in float64 at once
 _DECODED_TOKENS = 2**22  # bits per byte decode the split, which takes a second per million tokens
+
+
+class Share(NamedTuple):
+    """What one of several processes scores; by default there is one.
+
+    Attributes:
+        rank, size: which of how many.
+        total: the sums of some numbers over all of them, in float64.
+    """
+
+    rank: int = 0
+    size: int = 1
+    total: Callable[[list[float]], list[float]] = lambda values: values
+
+    def of(self, batches: list[T]) -> Iterator[tuple[T, bool]]:
+        """Every size-th batch, and whether it counts.
+
+        All processes get as many: a model that they hold in parts runs on all of them at once.
+        """
+        rounds = -(-len(batches) // self.size)
+        for index in range(self.rank, rounds * self.size, self.size):
+            yield batches[min(index, len(batches) - 1)], index < len(batches)
+
+
+ALL = Share()
 
 
 def evaluate_split(
@@ -50,6 +76,7 @@ def evaluate_split(
     block_size: int,
     batch_size: int,
     max_batches: int = 0,
+    share: Share = ALL,
 ) -> tuple[float, int]:
     """Mean loss per token in nats, and how many tokens were predicted.
 
@@ -62,12 +89,13 @@ def evaluate_split(
         block_size: T, tokens per window.
         batch_size: windows per batch.
         max_batches: score only so many batches of windows, spread evenly over the split; 0: all.
+        share: of them that this process scores; the result is that of all.
 
     Raises:
         UserError: the split holds fewer than two tokens.
     """
     batches = list(windows(_tokens_of(split), block_size, batch_size, max_batches))
-    return _mean_loss(torch_scorer(model), split, batches)
+    return _mean_loss(torch_scorer(model), split, batches, share)
 
 
 def torch_scorer(model: "nn.Module") -> Scorer:
@@ -134,19 +162,26 @@ def windows(
 
 
 def _mean_loss(
-    score: Scorer, split: "TokenSplit", batches: list[tuple[Ints, int]], *, show: bool = False
+    score: Scorer,
+    split: "TokenSplit",
+    batches: list[tuple[Ints, int]],
+    share: Share = ALL,
+    *,
+    show: bool = False,
 ) -> tuple[float, int]:
     total, tokens = 0.0, 0
     expected = sum(len(offsets) * length for offsets, length in batches)
     with progress(expected, "tokens") as shown:
-        for offsets, length in batches:
+        for (offsets, length), counts in share.of(batches):
             batch = split.batch(offsets, length)  # (B, T + 1)
             inputs, targets = (np.ascontiguousarray(part) for part in (batch[:, :-1], batch[:, 1:]))
-            total += score(inputs, targets)
-            tokens += targets.size
+            loss = score(inputs, targets)
+            if counts:
+                total, tokens = total + loss, tokens + targets.size
             if show:
                 shown.update(targets.size, loss=total / tokens)
-    return total / tokens, tokens
+    total, counted = share.total([total, tokens])
+    return total / counted, int(counted)
 
 
 def _tokens_of(split: "TokenSplit", max_tokens: int = 0) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gptopt.data import IGNORED, Masking
-from gptopt.evaluate import Ints, negative_log_likelihood, windows
+from gptopt.evaluate import ALL, Ints, Share, negative_log_likelihood, windows
 from gptopt.log import progress
 from gptopt.runtime.edge import EdgeModel
 
@@ -45,6 +45,7 @@ def score_masked(
     batch_size: int,
     max_batches: int = 0,
     max_tokens: int = 0,
+    share: Share = ALL,
     show: bool = False,
 ) -> MaskedScore | None:
     """Score the masked tokens of a split; None where none of them was chosen.
@@ -58,26 +59,31 @@ def score_masked(
         batch_size: windows per batch, fewer where their logits would not fit in memory.
         max_batches: score only so many batches, spread evenly over the split; 0: all.
         max_tokens: read so many tokens at most; 0: all.
+        share: of the batches that this process scores; the result is that of all.
         show: tell how far it is.
     """
     tokens = min(len(split), max_tokens) if max_tokens else len(split)
     loss, right, count = 0.0, 0, 0
     rows_at_once = max(1, _LOGITS_AT_ONCE // (block_size * vocab_size))
-    with progress(tokens, "tokens") as shown:
+    parts = [
+        (offsets[begin : begin + rows_at_once], length)
         # A window of next tokens reads one token more than it predicts from.
-        for offsets, length in windows(tokens + 1, block_size, batch_size, max_batches):
-            for begin in range(0, len(offsets), rows_at_once):
-                part = offsets[begin : begin + rows_at_once]
-                ids, targets = _masked(split, part, length, masking)
-                chosen = targets != IGNORED
-                if not chosen.any():
-                    continue
-                logits, asked = guess(ids, chosen), targets[chosen]
+        for offsets, length in windows(tokens + 1, block_size, batch_size, max_batches)
+        for begin in range(0, len(offsets), rows_at_once)
+    ]
+    with progress(tokens, "tokens") as shown:
+        for (offsets, length), counts in share.of(parts):
+            ids, targets = _masked(split, offsets, length, masking)
+            chosen = targets != IGNORED
+            logits, asked = guess(ids, chosen), targets[chosen]
+            if counts:
                 loss += negative_log_likelihood(logits, asked)
                 right += int((logits.argmax(-1) == asked).sum())
                 count += len(asked)
             if show:
                 shown.update(len(offsets) * length)
+    loss, *counted = share.total([loss, right, count])
+    right, count = map(int, counted)
     return MaskedScore(loss / count, right / count, count) if count else None
 
 

@@ -16,6 +16,7 @@ from gptopt.config_finetune import ClassifyOptions
 from gptopt.data import ItemSampler
 from gptopt.data.records import read_records
 from gptopt.errors import UserError
+from gptopt.evaluate import Share
 from gptopt.finetune.confusion import draw_confusion
 from gptopt.finetune.examples import Encode, Examples, Ints
 from gptopt.finetune.labels import LabelEncoder, names_of
@@ -175,8 +176,8 @@ class Labels(FromExamples):
             np.concatenate(found), targets, self.labels, multi_label=options.multi_label
         )
 
-    def evaluate(self, model: GPT) -> Figures | None:
-        """Loss, accuracy and F1 on the held-out texts."""
+    def evaluate(self, model: GPT, share: Share) -> Figures | None:
+        """Loss, accuracy and F1 on the held-out texts, every rank on all of them."""
         scores = self.scores(model)
         if scores is None:
             return None

@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gptopt.checkpoint import LoadedModel
@@ -13,6 +14,7 @@ from gptopt.config_finetune import SftOptions
 from gptopt.data import ItemSampler
 from gptopt.data.records import Record, reading
 from gptopt.errors import UserError
+from gptopt.evaluate import Share
 from gptopt.finetune.chat import PLAIN, ChatTemplate, check_roles
 from gptopt.finetune.examples import Encode, Example, text_of
 from gptopt.finetune.objective import FromExamples
@@ -82,30 +84,34 @@ class Replies(FromExamples):
         """The loss may be smoothed, and its logits kept small."""
         return {**super().keywords(), "z_loss": self.options.z_loss}
 
-    def evaluate(self, model: GPT) -> Figures | None:
+    def evaluate(self, model: GPT, share: Share) -> Figures | None:
         """The mean loss of the held-out replies' tokens."""
         packed, options = self.val_packed, self.options
         count = len(packed)
         if options.eval_batches:
             count = min(count, options.eval_batches * options.batch_size)
-        total, asked = 0.0, 0
+        loss_sum, asked = 0.0, 0
+        batches = [
+            np.arange(begin, min(begin + options.batch_size, count))
+            for begin in range(0, count, options.batch_size)
+        ]
         device, training = next(model.parameters()).device, model.training
         model.eval()
         try:
-            for begin in range(0, count, options.batch_size):
-                blocks = torch.arange(begin, min(begin + options.batch_size, count)).numpy()
+            for blocks, counts in share.of(batches):
                 inputs = {
                     name: torch.from_numpy(value).to(device)
                     for name, value in packed.batch(blocks).items()
                 }
-                counted = int(packed.counts[blocks].sum())
+                counted = int(packed.counts[blocks].sum()) if counts else 0
                 with torch.no_grad():
                     loss = model(**inputs).loss
                 assert loss is not None
-                total, asked = total + float(loss) * counted, asked + counted
+                loss_sum, asked = loss_sum + float(loss) * counted, asked + counted
         finally:
             model.train(training)
-        return {"val_loss": total / asked} if asked else None
+        loss_sum, all_asked = share.total([loss_sum, asked])
+        return {"val_loss": loss_sum / all_asked} if all_asked else None
 
     def sample(self, model: GPT) -> str | None:
         """The beginning of a held-out example up to its first reply, and the model's own reply."""

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from gptopt.errors import UserError
+from gptopt.evaluate import Share
 from gptopt.manifest import write_text
 from gptopt.training.objective import Figures
 from gptopt.training.session import Session
@@ -19,14 +20,15 @@ def evaluate(session: Session, heed: Callable[[], object]) -> Figures | None:
 
     `heed` is called before every batch; what it raises ends the evaluation.
     """
-    # Every rank evaluates everything: where each holds a part of the model none may miss a batch.
+    world = session.world
+    share = Share(world.rank, world.size, world.control.total)
     hook = session.model.register_forward_pre_hook(lambda *arguments: heed() and None)
     try:
         with session.precision(), session.rounded():
-            figures = session.objective.evaluate(session.model)
+            figures = session.objective.evaluate(session.model, share)
     finally:
         hook.remove()
-    figures = session.world.control.from_first(figures)
+    figures = world.control.from_first(figures)
     if figures is None or math.isfinite(figures["val_loss"]):
         return figures
     logger.warning("step %d: the validation loss is %s", session.state.step, figures["val_loss"])

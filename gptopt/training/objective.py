@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptopt.checkpoint import LoadedModel
 from gptopt.config import LoopOptions, ModelConfig
+from gptopt.evaluate import Share
 from gptopt.lora import begin
 from gptopt.model import GPT, model_of
 from gptopt.tokenizer import Tokenizer
@@ -138,8 +139,15 @@ class Objective(ABC):
         return loss
 
     @abstractmethod
-    def evaluate(self, model: GPT) -> Figures | None:
-        """Figures of the held-out part, `val_loss` (nats) among them; None where there is none."""
+    def evaluate(self, model: GPT, share: Share) -> Figures | None:
+        """Figures of the held-out part, `val_loss` (nats) among them; None where there is none.
+
+        All ranks call it, and the model equally often.
+
+        Args:
+            model: trained so far.
+            share: which part of the batches this rank may leave it at; the figures are of all.
+        """
 
     def sample(self, model: GPT) -> str | None:
         """Some text that shows what the model has learned; None where there is none to show."""

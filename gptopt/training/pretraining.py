@@ -12,7 +12,7 @@ from gptopt.config_classifier import labels_of
 from gptopt.data import IGNORED, Dataset, Masking, Mixture, TokenSplit, open_dataset
 from gptopt.data.sampler import SequenceSampler
 from gptopt.errors import UserError
-from gptopt.evaluate import evaluate_split
+from gptopt.evaluate import Share, evaluate_split
 from gptopt.evaluate_masked import score_masked, torch_guesser
 from gptopt.generate import generate_text
 from gptopt.model import GPT
@@ -102,7 +102,7 @@ class NextToken(Objective):
         """The loss may be smoothed, and its logits kept small."""
         return {**super().keywords(), "z_loss": self.options.z_loss}
 
-    def evaluate(self, model: GPT) -> Figures | None:
+    def evaluate(self, model: GPT, share: Share) -> Figures | None:
         """The loss on the validation split, or on an even sample of it."""
         split, options = self.dataset.val, self.options
         if len(split) < 2:
@@ -113,6 +113,7 @@ class NextToken(Objective):
             block_size=self.block_size,
             batch_size=options.batch_size,
             max_batches=options.eval_batches,
+            share=share,
         )
         return {"val_loss": loss}
 
@@ -231,7 +232,7 @@ class Masked(NextToken):
         plain = super().batches(config, batch_size, rank, world)
         return MaskedBlocks(plain, self.masking, self.options.seed)
 
-    def evaluate(self, model: GPT) -> Figures | None:
+    def evaluate(self, model: GPT, share: Share) -> Figures | None:
         """Loss and accuracy on masked tokens of the validation split, the same ones each time."""
         split, options = self.dataset.val, self.options
         assert model.config.vocab_size is not None
@@ -243,6 +244,7 @@ class Masked(NextToken):
             block_size=self.block_size,
             batch_size=options.batch_size,
             max_batches=options.eval_batches,
+            share=share,
         )
         return (
             None if scored is None else {"val_loss": scored.loss, "val_accuracy": scored.accuracy}

@@ -194,15 +194,14 @@ class _Play:
         PyTorch's error, from which the budget follows, is that of prompts and new tokens alike; for
         a file that rounds what it computes with, the largest of all cases, as in the proof.
         """
-        heard = []
-        for each in said:
-            found = self._hear(each, answers.get(each.case, {"error": "no answer"}))
-            heard += [] if found is None else [found]
+        answered = [(each, answers.get(each.case, {"error": "no answer"})) for each in said]
+        found = [self._hear(each, answer) for each, answer in answered]
+        heard = [each for each in found if each is not None]
         if self._held.products or self._held.cache:
             pool([each.outcome for each in heard])
-        for each in heard:
-            self._judge_logits(each)
-            self._judge_tokens(each)
+        for one in heard:
+            self._judge_logits(one)
+            self._judge_tokens(one)
 
     def _hear(self, said: Said, answer: dict[str, Any]) -> _Heard | None:
         """An answer beside the model's; None, and the reason in `said`, where it is none."""

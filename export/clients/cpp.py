@@ -73,8 +73,9 @@ def _words(cases: list[dict[str, Any]]) -> str:
 def main(request_path: str, result_path: str) -> int:
     """Play a request; the program's own words go to stderr."""
     request = json.loads(Path(request_path).read_text(encoding="utf-8"))
-    command = [clients_folder() / "cpp" / "onnxruntime", Path(request["folder"], request["file"])]
-    command += [str(request["threads"]), request["cache"]]
+    graph = Path(request["folder"], request["file"])
+    settings = (str(request["threads"]), request["cache"])
+    command = [str(clients_folder() / "cpp" / "onnxruntime"), str(graph), *settings]
     done = subprocess.run(
         command, input=_words(request["cases"]), text=True, stdout=subprocess.PIPE, check=False
     )

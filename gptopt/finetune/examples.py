@@ -166,16 +166,19 @@ def hold_out(count: int, fraction: float) -> tuple[Ints, Ints]:
     return np.sort(order[held:]), np.sort(order[:held])
 
 
-def text_of(record: Record, field: str) -> str:
-    """A field that must be text.
+def text_of(record: Record, field: str, option: str) -> str:
+    """A field that must be text; a user names it by the option.
 
     Raises:
         UserError: it is missing, or something else.
     """
     if field not in record or record[field] is None:
         found = ", ".join(sorted(key for key, value in record.items() if value is not None)[:10])
-        raise UserError(f"no field {field!r} (found: {found or 'none'})")
+        raise UserError(f"no field {field!r} (found: {found or 'none'}); choose with {option}")
     value: Any = record[field]
     if not isinstance(value, str):
-        raise UserError(f"field {field!r} is {type(value).__name__}, expected text")
+        raise UserError(
+            f"field {field!r} is {type(value).__name__}, expected text; mend it, or choose another"
+            f" with {option}"
+        )
     return value

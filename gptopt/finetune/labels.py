@@ -20,7 +20,7 @@ class LabelEncoder:
 
     def __call__(self, record: Record) -> Example:
         """Raises a UserError where the record has neither."""
-        text = text_of(record, self._text_field)
+        text = text_of(record, self._text_field, "--text-field")
         row = [0.0] * len(self._numbers)
         for name in names_of(record, self._label_field, several=self._several):
             if name not in self._numbers:

@@ -210,11 +210,12 @@ class _Spelling:
                 f" {options.completion_field!r} (found: {found}); name the fields with"
                 f" --messages-field, or --prompt-field and --completion-field"
             )
-        prompt = text_of(record, options.prompt_field)
-        completion = text_of(record, options.completion_field)
+        prompt = text_of(record, options.prompt_field, "--prompt-field")
+        completion = text_of(record, options.completion_field, "--completion-field")
         if not completion.strip():
             raise UserError(
-                f"field {options.completion_field!r} is empty, so there is nothing to learn"
+                f"field {options.completion_field!r} is empty, so there is nothing to learn;"
+                f" remove the line"
             )
         if options.parse_control:
             asked = self.tokenizer.encode_with_control(prompt) or [self.tokenizer.bos_id]

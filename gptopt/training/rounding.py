@@ -1,12 +1,17 @@
 """Quantisation-aware training: weights work as an export rounds them, and are kept as they are.
 
 A step's forward and backward passes see rounded weights, its update goes to the kept ones, as if
-rounding were the identity (Bengio et al. 2013, arXiv:1308.3432, section 4). Rounded weights lie on
-the export's grid: whatever method an export finds its scales by, it finds these again.
+rounding were the identity (Bengio et al. 2013, arXiv:1308.3432, section 4). A model that was
+trained before keeps the grid that the export's search finds for it at the start: one that is found
+anew at every step moves all weights of a block when one of them moves, and less is learned. Weights
+that are drawn at random outgrow any grid, so theirs is that of their range at each step.
+
+An export finds rounded weights again, whatever its method; of those on a kept grid all but about
+one block in a hundred, whose weights have left the ends of its range: it rounds them once more.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -14,17 +19,19 @@ from torch import Tensor
 from gptopt.config import ModelConfig
 from gptopt.errors import UserError
 from gptopt.kernels.quantization import (
+    codes_of,
     dequantize,
     dequantize_channels,
+    on_grid,
     quantize,
     quantize_channels,
 )
 from gptopt.model import GPT
-from gptopt.precisions import PRECISIONS, BlockFormat, ChannelFormat, Precision
+from gptopt.precisions import PRECISIONS, BlockFormat, ChannelFormat, Format, Precision
 
 MASTER = "master."  # before the names of the kept weights in a checkpoint
-
-_Round = Callable[[Tensor], Tensor]
+_GRID = "grid."
+_PARTS = ("scales", "zeros")
 
 
 class Rounding:
@@ -44,15 +51,55 @@ class Rounding:
             raise UserError(f"--qat {precision}: expected one of {', '.join(able)}")
         self._config = config
         self._precision: Precision = PRECISIONS[precision]
+        # weight -> its scales and zero points (N, G), where they stay as they are
+        self._grids: dict[str, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, name: str, weight: Tensor) -> Tensor:
         """A weight (N, K) as it is after an export; itself where the export leaves it alone."""
-        how = self._how(name, weight)
-        return weight if how is None else how(weight)
+        form = self._form(name, weight)
+        if form is None:
+            return weight
+        values = weight.float()
+        if isinstance(form, ChannelFormat):
+            rounded = dequantize_channels(quantize_channels(values))
+        elif name in self._grids:
+            rounded = on_grid(values, *self._grids[name], bits=form.bits, block=form.block)
+        else:
+            rounded = dequantize(
+                quantize(values, bits=form.bits, block=form.block, symmetric=form.symmetric)
+            )
+        return rounded.to(weight.dtype)
+
+    def keep_grids(self, model: GPT, names: Collection[str]) -> None:
+        """Find the grids of these weights as they are now; from here on they stay."""
+        for name, weight in model.named_parameters():
+            form = self._form(name, weight)
+            if name in names and isinstance(form, BlockFormat):
+                found = quantize(
+                    weight.detach().float().cpu(), bits=form.bits, block=form.block,
+                    symmetric=form.symmetric, method="search",
+                )  # fmt: skip
+                grid = (found.scales, codes_of(found)[1])
+                self._grids[name] = (grid[0].to(weight.device), grid[1].to(weight.device))
+
+    def grids(self) -> dict[str, Tensor]:
+        """The grids that stay, for a checkpoint."""
+        return {
+            f"{_GRID}{part}.{name}": value
+            for name, grid in self._grids.items()
+            for part, value in zip(_PARTS, grid, strict=True)
+        }
+
+    def take_grids(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+        """Go on with the grids of a checkpoint, which are taken out of its tensors."""
+        first = f"{_GRID}{_PARTS[0]}."
+        for name in [key.removeprefix(first) for key in tensors if key.startswith(first)]:
+            scales, zeros = (tensors.pop(f"{_GRID}{part}.{name}").to(device) for part in _PARTS)
+            self._grids[name] = (scales, zeros)
 
     def rounds(self, name: str, weight: Tensor) -> bool:
         """Whether an export rounds a weight; its values are not read."""
-        return self._how(name, weight) is not None
+        return self._form(name, weight) is not None
 
     @contextlib.contextmanager
     def applied(self, model: GPT) -> Iterator[None]:
@@ -60,9 +107,9 @@ class Rounding:
         kept: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if (how := self._how(name, parameter)) is not None:
+                if self._form(name, parameter) is not None:
                     kept.append((parameter, parameter.detach().clone()))
-                    parameter.copy_(how(parameter.detach()))
+                    parameter.copy_(self(name, parameter.detach()))
         try:
             yield
         finally:
@@ -70,27 +117,14 @@ class Rounding:
                 for rounded, value in kept:
                     rounded.copy_(value)
 
-    def _how(self, name: str, weight: Tensor) -> _Round | None:
+    def _form(self, name: str, weight: Tensor) -> Format | None:
         if weight.ndim != 2 or name == "wpe.weight":
             return None
-        K = weight.shape[1]
-        # The embedding is read by rows, and as the head's matrix where that is tied.
-        at_the_ends = name in ("wte.weight", "head.weight")
+        # The embedding is read by rows, and as the head's matrix where that is tied; the last
+        # product of a classifier is that of its scores.
+        at_the_ends = name in ("wte.weight", "head.weight", "score.weight")
         usual = self._precision.head if at_the_ends else self._precision.layers
         form = self._precision.overrides.get(name, usual)
-        if isinstance(form, ChannelFormat):
-            return _channels
-        fitted = form and form.fitted(K, looked_up=name == "wte.weight")
-        return None if fitted is None else _blocks(fitted)
-
-
-def _blocks(form: BlockFormat) -> _Round:
-    def rounded(weight: Tensor) -> Tensor:
-        found = quantize(weight.float(), bits=form.bits, block=form.block, symmetric=form.symmetric)
-        return dequantize(found).to(weight.dtype)
-
-    return rounded
-
-
-def _channels(weight: Tensor) -> Tensor:
-    return dequantize_channels(quantize_channels(weight.float())).to(weight.dtype)
+        if not isinstance(form, BlockFormat):
+            return form
+        return form.fitted(weight.shape[1], looked_up=name == "wte.weight")

@@ -1,6 +1,7 @@
 """Weights and caches in few bits: the formats that edge runtimes read, and how to get into them.
 
     quantize  dequantize  fake_quantize      blocks of a row share a scale: 8, 4 or 2 bits
+    on_grid                                  the same, with scales that are given
     quantize_channels  dequantize_channels   int8, a scale per row
     cache_scale  quantize_cache  dequantize_cache   int8 keys and values
 
@@ -33,7 +34,7 @@ from gptopt.kernels.quantization.channels import (
     quantize_channels,
 )
 from gptopt.kernels.quantization.gptq import gptq
-from gptopt.kernels.quantization.rounding import nearest, search
+from gptopt.kernels.quantization.rounding import encode, nearest, search
 
 __all__ = [
     "BITS",
@@ -47,6 +48,7 @@ __all__ = [
     "dequantize_cache",
     "dequantize_channels",
     "fake_quantize",
+    "on_grid",
     "quantize",
     "quantize_cache",
     "quantize_channels",
@@ -115,6 +117,33 @@ def quantize(
         block=block,
         columns=columns,
     )
+
+
+def on_grid(weight: Tensor, scales: Tensor, zeros: Tensor, *, bits: int, block: int) -> Tensor:
+    """The weight (N, K) float32 rounded to what codes of these scales and zero points stand for.
+
+    As `dequantize` computes it, to the bit; on any device.
+
+    Args:
+        weight: (N, K) float32. K need not be a multiple of the block.
+        scales: (N, G) float32, G blocks of a row, as in `Blocks`.
+        zeros: (N, G), whole numbers, as `codes_of` gives them.
+        bits: 8, 4 or 2.
+        block: elements that share a scale.
+
+    Raises:
+        ValueError: a wrong shape, dtype or option.
+    """
+    check_matrix("weight", weight)
+    check_format(bits, block)
+    N, K = weight.shape
+    G = -(-K // block)
+    check_shape("scales", scales, "(N, G)", N, G)
+    check_shape("zeros", zeros, "(N, G)", N, G)
+    cut = pad_columns(weight, block).view(N, G, block)
+    steps, centres = scales.unsqueeze(-1), zeros.float().unsqueeze(-1)
+    codes = encode(cut, steps, centres, bits)
+    return codes.sub_(centres).mul_(steps).flatten(1)[:, :K]
 
 
 def _independent(

@@ -104,7 +104,8 @@ def codes_of(blocks: Blocks) -> tuple[Tensor, Tensor]:
     """The codes (N, G, block) and the zero points (N, G), both uint8, unpacked."""
     codes = unpack(blocks.packed, blocks.bits, blocks.block)
     if blocks.zero_points is None:
-        return codes, torch.full(codes.shape[:2], 2 ** (blocks.bits - 1), dtype=torch.uint8)
+        zero = 2 ** (blocks.bits - 1)
+        return codes, torch.full_like(codes[..., 0], zero)
     return codes, unpack(blocks.zero_points, blocks.bits, codes.shape[1])
 
 

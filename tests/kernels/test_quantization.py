@@ -13,6 +13,7 @@ from gptopt.kernels.quantization import (
     dequantize_cache,
     dequantize_channels,
     fake_quantize,
+    on_grid,
     quantize,
     quantize_cache,
     quantize_channels,
@@ -214,3 +215,18 @@ def test_a_wrong_argument_is_named(change, message):
     weight = arguments.pop("weight")
     with pytest.raises(ValueError, match=message):
         quantize(weight, **arguments)
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), FORMATS)
+def test_on_its_own_grid_a_weight_is_rounded_as_it_was(bits, symmetric):
+    weight = torch.randn(5, 70, generator=torch.Generator().manual_seed(3))
+    form = {"bits": bits, "block": 32}
+    found = quantize(weight, symmetric=symmetric, **form)
+    grid = (found.scales, codes_of(found)[1])
+    rounded = on_grid(weight, *grid, **form)
+    assert torch.equal(rounded, dequantize(found))
+    assert torch.equal(on_grid(rounded, *grid, **form), rounded)
+    ends = on_grid(1000 * weight, *grid, **form)  # what is beyond the range becomes its end
+    assert ends.abs().max() <= 2**bits * found.scales.abs().max()
+    with pytest.raises(ValueError, match="scales"):
+        on_grid(weight, found.scales[:, 1:], grid[1], **form)

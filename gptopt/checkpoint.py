@@ -59,7 +59,7 @@ def save_model(
 
     Where transformers knows the architecture, config.json and the weights have its names, and
     `AutoModelForCausalLM.from_pretrained` loads the folder. Of a model with an adapter (LoRA) only
-    the adapter is written, as PEFT would: its base has a folder already.
+    the adapter is written, as PEFT would, beside the tokenizer: its base has a folder already.
 
     Args:
         folder: an existing folder.
@@ -75,6 +75,8 @@ def save_model(
     """
     if model.lora is not None:
         save_adapter(folder, model, state=state)
+        if tokenizer is not None:  # for its template: the base may be spoken to in another one
+            tokenizer.save(folder)
         write_text(folder / CARD, model_card(model, tokenizer, card))
         return
     config = model.config
@@ -143,7 +145,7 @@ def load_model(
         found, base = _adapter_and_base(ref, folder, adapter)
         loaded = load_model(base, kernels=kernels)
         model = put_on(loaded.model, found).to(device=device, dtype=dtype or torch.float32)
-        return loaded._replace(model=model)
+        return loaded._replace(model=model, tokenizer=_tokenizer_with(found, loaded))
     config, architecture = hf.config_from_json(_read_json(folder / CONFIG), folder / CONFIG)
     with _open_weights(folder) as stored:
         if config.n_layer > len(stored):  # before a mistyped number of blocks is built
@@ -372,6 +374,17 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":
             f"{size}; restore the tokenizer that the model was trained with"
         )
     return tokenizer
+
+
+def _tokenizer_with(adapter: Adapter, base: LoadedModel) -> "Tokenizer | None":
+    """The base's, with the chat template that the adapter was taught with where it tells one."""
+    if base.tokenizer is None or not (adapter.folder / "tokenizer.json").is_file():
+        return base.tokenizer
+    own = type(base.tokenizer).load(adapter.folder)
+    if own.sha256 == base.tokenizer.sha256:
+        return own
+    logger.warning("%s: its tokenizer is not its base's, which is used", adapter.folder)
+    return base.tokenizer
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -214,3 +214,20 @@ def test_resume_refuses_other_examples(sft_options, replies, write, tmp_path):
     other = write(RECORD, RECORD, name="other.jsonl")
     assert "another data" in refused(sft_options(other, steps=4, resume=True))
     shutil.rmtree(tmp_path / "run")
+
+
+def test_an_adapter_remembers_the_template_that_it_was_taught_with(
+    sft_options, write, tmp_path, make_base
+):
+    template = tmp_path / "own.jinja"
+    template.write_text(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    options = sft_options(write(CHAT, CHAT), chat_template=str(template), lora={"rank": 2}, steps=1)
+    result = sft(options)
+    alone = load_model(result["out"])
+    beside = load_model(make_base(), adapter=result["out"])
+    for loaded in (alone, beside):
+        assert loaded.tokenizer.chat_template == template.read_text()
+    assert load_model(make_base()).tokenizer.chat_template is None

@@ -110,13 +110,23 @@ def kill_rank(arguments: list[str], chance: random.Random) -> None:
     """kill -9 on one of two ranks, or on both of them and their launcher."""
     process = _launch(arguments)
     try:
-        time.sleep(chance.uniform(4, 14))
+        if chance.random() < 0.8:  # else anywhere on its way there
+            _wait_for_steps(Path(arguments[arguments.index("--out") + 1]))
+        time.sleep(chance.uniform(0, 6))
         victims = _children(process.pid)
         if victims and chance.random() < 0.7:
             os.kill(chance.choice(victims), signal.SIGKILL)
             process.wait(timeout=_PATIENCE_S)
     finally:
         _kill_all(process)
+
+
+def _wait_for_steps(run: Path) -> None:
+    """Until a run that was started goes on from where it was."""
+    path = run / "metrics.jsonl"
+    before, deadline = path.stat().st_mtime_ns, time.monotonic() + _PATIENCE_S
+    while path.stat().st_mtime_ns == before and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _kill_all(launcher: subprocess.Popen[bytes]) -> None:

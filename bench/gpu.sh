@@ -72,6 +72,7 @@ workers=()
 if [ "$DEVICE" = cuda ]; then
     GPTOPT_TEST_GPU=1 part tests 85 "$PYTHON" -m pytest -q -p no:cacheprovider "${workers[@]}" \
         -m 'not slow' tests/kernels/triton
+    part "step graph" 45 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/training/test_graph.py
 fi
 part doctor 40 "$PYTHON" -m gptopt doctor --kernels
 

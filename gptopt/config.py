@@ -190,6 +190,7 @@ class LoopOptions(Options):
         "auto", description="autocast precision (auto: bfloat16 on a GPU that has it, else float32)"
     )
     compile: bool = Field(False, description="torch.compile the model")
+    cuda_graph: bool = Field(False, description="record a GPU's whole step once, and replay it")
     parallel: Literal["auto", "ddp", "fsdp"] = Field(
         "auto",
         description="under torchrun: whole models (ddp) or a part of one on each rank (fsdp); auto"

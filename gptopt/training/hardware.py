@@ -191,6 +191,7 @@ def environment(
         "dtype": dtype_name(dtype),
         "operators": _operators(device, options.kernels),
         "compile": options.compile,
+        "cuda_graph": options.cuda_graph,
         "ranks": world.size,
         "parallel": world.parallel,
         "activation_checkpointing": options.activation_checkpointing,

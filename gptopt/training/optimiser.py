@@ -58,6 +58,7 @@ def build_optimiser(model: GPT, options: LoopOptions) -> torch.optim.Optimizer:
             lr=options.lr,
             betas=(options.beta1, options.beta2),
             fused=device.type in FUSED_DEVICES,
+            capturable=options.cuda_graph,
         )
     if hidden:
         return Muon(

@@ -147,8 +147,8 @@ def _prepare_folder(session: Session, checkpoint: Path | None, peak: float | Non
 
 
 _BITS = (
-    "torch", "device_name", "torch_threads", "operators", "compile", "ranks", "parallel",
-    "activation_checkpointing",
+    "torch", "device_name", "torch_threads", "operators", "compile", "cuda_graph", "ranks",
+    "parallel", "activation_checkpointing",
 )  # fmt: skip
 
 

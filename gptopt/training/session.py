@@ -18,6 +18,7 @@ from gptopt.manifest import write_json
 from gptopt.model import GPT
 from gptopt.training.checkpoints import Checkpoints
 from gptopt.training.distributed import ALONE, World, launched, micro_batches, rank_device
+from gptopt.training.graph import refuse_graph
 from gptopt.training.hardware import (
     dtype_name,
     precision,
@@ -101,7 +102,7 @@ class Session:
                 full = whole(weight.detach())
                 if first and self.rounding:
                     weights[name] = keep(name, self.rounding(name, full))
-                    masters[MASTER + name] = full
+                    masters[name] = full
                 elif first:
                     weights[name] = keep(name, full)
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
@@ -114,9 +115,7 @@ class Session:
         else:
             moments = {key: keep(key, value) for key, value in moments.items() if first}
         captured = capture_state(state, self.fixed, self.dropout)
-        if first and self.rounding:
-            masters |= self.rounding.grids()
-        moments |= {key: keep(key, value) for key, value in masters.items()}
+        moments |= {MASTER + key: keep(MASTER + key, value) for key, value in masters.items()}
         synchronise(self.device)
         return Snapshot(state.step, weights, moments, name, index, captured)
 
@@ -161,12 +160,16 @@ def open_session(
     refuse_too_large(config, device, world.size if world.sharded else 1)
     state.sequences = state.sequences or options.batch_size * options.accumulate * world.size
     accumulate = micro_batches(state.sequences, options.batch_size, world.size)
+    if options.cuda_graph:
+        flags = {"--compile": options.compile, "--qat": options.qat, "a teacher": objective.teacher}
+        refuse_graph(
+            device, dtype, ranks=world.size, accumulate=accumulate,
+            others=[flag for flag, given in flags.items() if given],
+        )  # fmt: skip
     batches = objective.batches(config, state.sequences // accumulate, world.rank, world.size)
     options = options.model_copy(update={"steps": objective.steps(state.sequences)})
     state.go_on(options)
     model = _build_model(objective, config, start, device, dtype, world).train()
-    if rounding is not None and start is not None and not resuming:
-        rounding.keep_grids(model, start.model.state_dict())
     session = Session(
         options=options,
         out=out,
@@ -223,7 +226,6 @@ def _restore(session: Session, checkpoint: Path) -> None:
         moments = _moments(session, checkpoint)
         if session.rounding:
             _restore_masters(session.model, moments)
-            session.rounding.take_grids(moments, session.device)
         load_optimiser_tensors(session.model, session.optimiser, moments)
         session.batches.load_state_dict(session.state.sampler)
         if session.scaler:

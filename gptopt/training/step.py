@@ -13,6 +13,7 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from gptopt.errors import Diverged, UserError, first_line
 from gptopt.manifest import write_json
+from gptopt.training.graph import StepGraph
 from gptopt.training.hardware import require_compiler
 from gptopt.training.metrics import Metrics
 from gptopt.training.objective import Batch
@@ -58,6 +59,9 @@ class Stepper:
             self._forward = torch.compile(self._module)
             self._guard = _compile_errors
         self._one = torch.ones((), device=session.device)
+        # A recorded step reads its rate from the device.
+        self._rate = torch.zeros_like(self._one) if self.options.cuda_graph else None
+        self._graph = StepGraph(self._whole_step) if self.options.cuda_graph else None
         self._unread: list[tuple[int, list[list[int]], Tensor]] = []
 
     def step(self, seconds: float, between: Callable[[], object] = lambda: None) -> None:
@@ -72,21 +76,18 @@ class Stepper:
         session, state = self.session, self.state
         with self._undone_on_error(), session.rounded():
             self.lr = session.schedule.lr(state.step, seconds)
-            for group in session.optimiser.param_groups:
-                group["lr"] = self.lr
+            self._set_rate(self.lr)
             batches = [session.batches.next() for _ in range(session.accumulate)]
-            counted = max(1, sum(batch.total for batch in batches))
-            losses = []
-            for remaining, batch in zip(reversed(range(len(batches))), batches, strict=True):
-                with reducing(self._module, now=remaining == 0):
-                    losses.append(self._forward_backward(batch, batch.counted / counted))
-                if remaining:
-                    between()
-        loss = session.world.sum(losses[0] if len(losses) == 1 else torch.stack(losses).sum())
+            if self._graph is None:
+                loss = self._differentiate(batches, between)
+            else:
+                figures = self._graph.step(self._inputs(batches[0]))
+        if self._graph is None:
+            figures = self._update(session.world.sum(loss))
         state.step += 1
         tokens = sum(batch.tokens for batch in batches)
         state.tokens += tokens
-        self._unread.append((state.step, [batch.where for batch in batches], self._update(loss)))
+        self._unread.append((state.step, [batch.where for batch in batches], figures))
         self.busy_seconds += time.monotonic() - started
         self.busy_tokens += tokens
         self.busy_steps += 1
@@ -105,17 +106,44 @@ class Stepper:
             session.optimiser.zero_grad(set_to_none=True)
             raise
 
+    def _set_rate(self, lr: float) -> None:
+        if self._rate is not None:
+            self._rate.fill_(lr)
+        for group in self.session.optimiser.param_groups:
+            group["lr"] = lr if self._rate is None else self._rate
+
+    def _differentiate(self, batches: list[Batch], between: Callable[[], object]) -> Tensor:
+        """Leave the gradients of all micro-batches; this rank's part () of the step's loss."""
+        counted = max(1, sum(batch.total for batch in batches))
+        losses = []
+        for remaining, batch in zip(reversed(range(len(batches))), batches, strict=True):
+            with reducing(self._module, now=remaining == 0):
+                losses.append(self._forward_backward(batch, batch.counted / counted))
+            if remaining:
+                between()
+        return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+
     def _forward_backward(self, batch: Batch, part: float) -> Tensor:
         """One micro-batch: adds to the gradients; its part () of the step's loss stays there."""
-        session = self.session
-        inputs = {
-            name: self._to_device(torch.from_numpy(value)) for name, value in batch.inputs.items()
-        }
+        return self._backward(self._inputs(batch), part)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        """What a forward pass reads of it, on the device; with dropout a seed, too."""
+        inputs = {name: torch.from_numpy(value) for name, value in batch.inputs.items()}
+        if self._dropout:
+            inputs["seed"] = self._seed()
+        return {name: self._to_device(value) for name, value in inputs.items()}
+
+    def _whole_step(self, inputs: dict[str, Tensor]) -> Tensor:
+        """All that a step of one micro-batch does on the device; its figures (3,)."""
+        return self._update(self._backward(inputs, 1.0))
+
+    def _backward(self, inputs: dict[str, Tensor], part: float) -> Tensor:
+        session, inputs = self.session, dict(inputs)
+        seed = inputs.pop("seed", None)
         with self._guard():
             with session.precision():
-                loss = session.objective.loss(
-                    self._forward, inputs, seed=self._seed(), **self._keywords
-                )
+                loss = session.objective.loss(self._forward, inputs, seed=seed, **self._keywords)
             # The loss is a mean over targets, the step's that over all micro-batches and ranks.
             share = loss * part
             # Gradients are averaged over the ranks, where their sum is wanted.
@@ -147,13 +175,11 @@ class Stepper:
         optimiser.zero_grad(set_to_none=True)
         return figures
 
-    def _seed(self) -> Tensor | None:
-        if not self._dropout:
-            return None
+    def _seed(self) -> Tensor:
         # All ranks draw for all, so that one generator's state resumes every one of them.
         world, dropout = self.session.world, self.session.dropout
         seeds = torch.randint(0, 2**63 - 1, (world.size,), generator=dropout, dtype=torch.int64)
-        return self._to_device(seeds[world.rank])
+        return seeds[world.rank]
 
     def _to_device(self, value: Tensor) -> Tensor:
         if self.session.device.type != "cuda":

@@ -162,9 +162,9 @@ class DistillOptions(Options):
     teacher: str | None = Field(
         None, description="model, run or Hugging Face folder to learn from (none: the text alone)"
     )
-    temperature: float = Field(2.0, gt=0, description="how much both distributions are flattened")
+    temperature: float = Field(1.0, gt=0, description="how much both distributions are flattened")
     weight: float = Field(
-        0.5, gt=0, le=1, description="weight of the teacher's word; the rest is the text's"
+        0.9, gt=0, le=1, description="weight of the teacher's word; the rest is the text's"
     )
 
 

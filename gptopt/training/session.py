@@ -102,7 +102,7 @@ class Session:
                 full = whole(weight.detach())
                 if first and self.rounding:
                     weights[name] = keep(name, self.rounding(name, full))
-                    masters[name] = full
+                    masters[MASTER + name] = full
                 elif first:
                     weights[name] = keep(name, full)
         moments, name, index = optimiser_tensors(self.model, self.optimiser), OPTIMISER, None
@@ -115,7 +115,9 @@ class Session:
         else:
             moments = {key: keep(key, value) for key, value in moments.items() if first}
         captured = capture_state(state, self.fixed, self.dropout)
-        moments |= {MASTER + key: keep(MASTER + key, value) for key, value in masters.items()}
+        if first and self.rounding:
+            masters |= self.rounding.grids()
+        moments |= {key: keep(key, value) for key, value in masters.items()}
         synchronise(self.device)
         return Snapshot(state.step, weights, moments, name, index, captured)
 
@@ -170,6 +172,8 @@ def open_session(
     options = options.model_copy(update={"steps": objective.steps(state.sequences)})
     state.go_on(options)
     model = _build_model(objective, config, start, device, dtype, world).train()
+    if rounding is not None and start is not None and not resuming:
+        rounding.keep_grids(model, start.model.state_dict())
     session = Session(
         options=options,
         out=out,
@@ -226,6 +230,7 @@ def _restore(session: Session, checkpoint: Path) -> None:
         moments = _moments(session, checkpoint)
         if session.rounding:
             _restore_masters(session.model, moments)
+            session.rounding.take_grids(moments, session.device)
         load_optimiser_tensors(session.model, session.optimiser, moments)
         session.batches.load_state_dict(session.state.sampler)
         if session.scaler:

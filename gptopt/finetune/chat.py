@@ -7,7 +7,7 @@ spelled out inside a message stays the plain characters that it is.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 from gptopt.errors import UserError, first_line
 from gptopt.tokenizer import Tokenizer
@@ -47,7 +47,9 @@ class ChatTemplate:
 
         self._tokenizer, self._parse_control, self._where = tokenizer, parse_control, where
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _generation_tag()],
         )
         environment.globals["raise_exception"] = _raise
         environment.filters["tojson"] = _to_json
@@ -178,6 +180,20 @@ def _kind(value: Any) -> str:
     if value is None:
         return "null"
     return "an empty list" if value == [] else type(value).__name__
+
+
+def _generation_tag() -> Any:
+    """`{% generation %}`, with which some templates mark replies: here what it holds is text."""
+    from jinja2.ext import Extension
+
+    class Generation(Extension):
+        tags: ClassVar[set[str]] = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Generation
 
 
 def _raise(message: str) -> None:

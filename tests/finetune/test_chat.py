@@ -43,6 +43,17 @@ def test_replies_are_told_apart_and_end_as_the_template_ends_them(tokenizer):
     assert "".join(text for text, _ in parts) == ChatTemplate(MARKED, tokenizer).render(CHAT)
 
 
+def test_a_template_may_mark_replies_as_transformers_knows_it(tokenizer):
+    marked = (
+        "{% for m in messages %}\n{% if m.role == 'assistant' %}\n{% generation %}\n"
+        "<{{ m.content }}>\n{% endgeneration %}\n{% else %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    plain = marked.replace("{% generation %}\n", "").replace("{% endgeneration %}\n", "")
+    assert ChatTemplate(marked, tokenizer).render(CHAT) == ChatTemplate(plain, tokenizer).render(
+        CHAT
+    )
+
+
 def test_the_tokens_are_those_that_transformers_would_feed(tokenizer):
     """The library's own parsing of the rendered text, cut where replies begin and end."""
     template = ChatTemplate(MARKED, tokenizer)

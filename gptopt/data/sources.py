@@ -25,6 +25,7 @@ from gptopt.manifest import sha256_of
 TEXT_SUFFIXES = (".md", ".py", ".rst", ".text", ".txt")
 PIECE_CHARACTERS = 2**16
 _READ_BYTES = 2**20
+_MOST_FILES = 200_000  # dataset.json names each, and is read whole
 _LOOK_BACK = 4096  # characters searched for a place to cut
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ class Corpus:
     is dropped, line ends and NUL are kept.
 
     Raises:
-        UserError: nothing there, a name that is no plain file, or a folder without such files.
+        UserError: nothing there, a name that is no plain file, a folder without such files, or more
+            files than a data folder can list.
     """
 
     def __init__(self, inputs: Iterable[str | Path], text_field: str = "text") -> None:
@@ -59,6 +61,11 @@ class Corpus:
         self.paths = list({path.resolve(): path for path in found}.values())
         if len(self.paths) < len(found):
             logger.warning("%d files were given twice and count once", len(found) - len(self.paths))
+        if len(self.paths) > _MOST_FILES:
+            raise UserError(
+                f"{self.paths[0].parent}: {len(self.paths):,} files, at most {_MOST_FILES:,} can be"
+                f" listed; put their texts into fewer files, as lines of jsonl"
+            )
         self.bytes = sum(path.stat().st_size for path in self.paths)
 
     def pieces(self, limit: int = PIECE_CHARACTERS) -> Iterator[Piece]:

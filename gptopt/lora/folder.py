@@ -291,6 +291,10 @@ def _targets(model: GPT) -> list[str]:
 def _options(values: dict[str, Any], path: Path) -> LoraOptions:
     rank, alpha = values.get("r", 8), values.get("lora_alpha", 8)
     targets = values.get("target_modules") or []
+    if not isinstance(targets, str) and not (
+        isinstance(targets, list) and all(isinstance(each, str) for each in targets)
+    ):
+        raise UserError(f"{path}: target_modules is {targets!r}, expected names of layers")
     for key, value in (("r", rank), ("lora_alpha", alpha)):
         if type(value) not in (int, float) or not 0 < value < 2**24:
             raise UserError(f"{path}: {key} is {value!r}, expected a number above 0")
@@ -301,7 +305,7 @@ def _options(values: dict[str, Any], path: Path) -> LoraOptions:
             rank=rank,
             alpha=alpha,
             dropout=values.get("lora_dropout", 0.0),
-            targets=",".join(targets) if isinstance(targets, list) else str(targets),
+            targets=",".join(targets) if isinstance(targets, list) else targets,
         )
     except ValidationError as error:
         raise _invalid(path, error) from None

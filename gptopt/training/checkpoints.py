@@ -99,7 +99,7 @@ class Checkpoints:
         """The folder that `latest` or `best` names, or None."""
         try:
             target = (self.run / name).read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None
         return self.folder / target if _NAME.fullmatch(target) else None
 

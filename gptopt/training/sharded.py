@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
     ChunkStorageMetadata,
@@ -30,7 +31,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from gptopt.errors import CheckFailed
+from gptopt.errors import CheckFailed, first_line
 from gptopt.manifest import read_json
 from gptopt.training.distributed import Group
 from gptopt.training.saving import INDEX
@@ -210,7 +211,11 @@ def load_sharded(reader: ShardReader, tensors: dict[str, Tensor], group: Group) 
     with warnings.catch_warnings():
         # It tells what was asked for: that one process reads alone.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(tensors, storage_reader=reader, process_group=group.process_group, no_dist=alone)
+        try:
+            load(tensors, storage_reader=reader, process_group=group.process_group, no_dist=alone)
+        except CheckpointException as error:  # a BaseException that holds each rank's own
+            reason = next(iter(error.failures.values()))[0]
+            raise ValueError(first_line(reason)) from None
 
 
 def _key(name: str, offsets: Sequence[int]) -> str:

@@ -3,26 +3,31 @@
 import random
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptopt.config import LoopOptions
-from gptopt.errors import CheckFailed
+from gptopt.config import MAX_SIZE, LoopOptions
+from gptopt.errors import CheckFailed, first_line
 from gptopt.manifest import read_json, write_json
 
 STATE = "state.json"
 RNG = "rng.safetensors"
+_SHOWN = ("loss", "tokens_per_second", "mfu")  # of a line, where there may be no number yet
+_NUMBERS = ("step", "lr", "eta_seconds")
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass
 class Todo:
     """What remains to be done at a step once its weights are saved; itself part of the save."""
 
-    line: dict[str, Any] | None  # the step's line for metrics.jsonl
+    line: dict[str, int | float | None] | None  # the step's line for metrics.jsonl
     evaluate: bool
     sample: bool
 
@@ -31,12 +36,12 @@ class Todo:
 class TrainState:
     """Counters of a run. Losses are Python floats, so JSON keeps them exactly."""
 
-    step: int = 0  # optimiser steps taken, skipped ones included
-    tokens: int = 0  # tokens consumed
+    step: Count = 0  # optimiser steps taken, skipped ones included
+    tokens: Count = 0  # tokens consumed
     seconds: float = 0.0  # of training, evaluation and saving, over all resumes
-    skipped: int = 0  # steps whose gradients were not finite
+    skipped: Count = 0  # steps whose gradients were not finite
     loss_sum: float = 0.0  # over the steps since the last line of metrics.jsonl
-    loss_count: int = 0
+    loss_count: Count = 0
     train_loss: float | None = None  # of the last line
     val_loss: float | None = None
     best_val_loss: float | None = None
@@ -47,7 +52,8 @@ class TrainState:
     stopped_by: str = ""  # "steps" | "time", empty while there is more to train
     budget_seconds: float | None = None  # the max_seconds that stopped it
     todo: Todo | None = None
-    sequences: int = 0  # of a step, over all its micro-batches and ranks
+    # Of a step, over all its micro-batches and ranks.
+    sequences: Annotated[int, Field(ge=0, le=MAX_SIZE)] = 0
     recent_losses: list[float] = field(default_factory=list)  # of single steps, for spikes
     sampler: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -77,17 +83,23 @@ class TrainState:
         """Read what `to_json` wrote.
 
         Raises:
-            CheckFailed: fields are missing or unknown (another version wrote it).
+            CheckFailed: fields are missing, unknown or of another kind (another version wrote it).
         """
         expected = {item.name for item in fields(cls)}
         if value.keys() != expected:
             odd = sorted(value.keys() ^ expected)
             raise CheckFailed(f"{STATE}: field {odd[0]!r} is missing or unknown")
-        state = cls(**value)
-        if value["todo"] is not None:
-            state.todo = Todo(**value["todo"])
-        if value["warm_end"] is not None:
-            state.warm_end = (value["warm_end"][0], value["warm_end"][1])
+        try:
+            state = TypeAdapter(cls).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise CheckFailed(f"{STATE}: field {where!r}: {first['msg']}") from None
+        line = state.todo.line if state.todo else None
+        if line is not None:
+            numbers = [line.get(name) for name in _NUMBERS]
+            if None in numbers or not line.keys() >= set(_SHOWN):
+                raise CheckFailed(f"{STATE}: field 'todo.line' lacks numbers of its step")
         return state
 
 
@@ -112,11 +124,28 @@ def load_state(folder: Path) -> tuple[TrainState, dict[str, Any]]:
     content = read_json(folder / STATE)
     if content.get("format") != 1:
         raise CheckFailed(f"{folder / STATE}: expected format 1, found {content.get('format')!r}")
-    return TrainState.from_json(content["train"]), content["fixed"]
+    train, fixed = content.get("train"), content.get("fixed")
+    if not isinstance(train, dict) or not isinstance(fixed, dict):
+        raise CheckFailed(f"{folder / STATE}: lacks train or fixed; resume from another checkpoint")
+    state = TrainState.from_json(train)
+    if folder.name != f"step-{state.step:06d}":
+        raise CheckFailed(f"{folder / STATE}: is of step {state.step}; restore the folder")
+    return state, fixed
 
 
 def restore_random(folder: Path, dropout: torch.Generator) -> None:
-    """Put every random generator back to where the checkpoint had it."""
+    """Put every random generator back to where the checkpoint had it.
+
+    Raises:
+        ValueError: it had none, or other ones.
+    """
+    try:
+        _restore_random(folder, dropout)
+    except (ArithmeticError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{RNG}: {first_line(error)}") from None
+
+
+def _restore_random(folder: Path, dropout: torch.Generator) -> None:
     numbers = read_json(folder / STATE)["random"]
     tensors = load_file(folder / RNG)
     version, state, gauss = numbers["python"]

@@ -107,6 +107,7 @@ def test_an_adapter_without_a_hash_is_held_to_names_and_shapes(saved, ids):
         ({"lora_alpha": 1e999}, "lora_alpha is inf"),
         ({"lora_dropout": 1.5}, "dropout=1.5"),
         ({"base_model_name_or_path": 7}, "expected a name"),
+        ({"target_modules": [True]}, "target_modules is .True., expected names of layers"),
     ],
 )
 def test_a_configuration_of_something_else_is_one_clear_line(saved, change, said):

@@ -28,9 +28,9 @@ def stamp() -> dict[str, Any]:
     }
 
 
-def command_line() -> str:
+def command_line(program: str = "gptopt") -> str:
     """What was typed; of folders of this machine only the last name, for others to read."""
-    return shlex.join(["gptopt", *(_named(word) for word in sys.argv[1:])])
+    return shlex.join([*program.split(), *(_named(word) for word in sys.argv[1:])])
 
 
 def _named(word: str) -> str:

@@ -175,7 +175,7 @@ def _tell_changes(session: Session, path: Path, here: dict[str, Any]) -> None:
         )  # fmt: skip
     if before.get("ranks", 1) != here["ranks"]:
         logger.warning(
-            "resharded from %d to %d ranks: a step still reads %d sequences, %d at a time",
+            "resharded from %s to %d ranks: a step still reads %d sequences, %d at a time",
             before.get("ranks", 1), here["ranks"],
             session.state.sequences, session.state.sequences // session.accumulate,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -236,7 +237,7 @@ def _restore(session: Session, checkpoint: Path) -> None:
         if session.scaler:
             session.scaler.load_state_dict(session.state.scaler)
         restore_random(checkpoint, session.dropout)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, SafetensorError) as error:
         # Its manifest holds, so it was written like this: by another version.
         raise CheckFailed(
             f"{checkpoint}: not a checkpoint this version can resume ({error!r}); use it with"

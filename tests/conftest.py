@@ -1,12 +1,13 @@
 """Fixtures of every test: no network, a fixed seed, and a helper that runs the real command."""
 
+import contextlib
 import os
 import random
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,32 @@ def gptopt() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+class Killed(BaseException):
+    """Ends a run in this process as abruptly as Python can."""
+
+
+@pytest.fixture
+def dying_after(monkeypatch) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """`with dying_after(5):` the run inside dies after as many steps."""
+
+    @contextlib.contextmanager
+    def dying(steps: int) -> Iterator[None]:
+        from gptopt.training.step import Stepper
+
+        original = Stepper.step
+
+        def deadly(self, *arguments, **keywords):
+            if self.state.step == steps:
+                raise Killed
+            return original(self, *arguments, **keywords)
+
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Stepper, "step", deadly)
+            yield
+
+    return dying
 
 
 def pytest_collection_modifyitems(items):

@@ -12,7 +12,6 @@ from gptopt.errors import UserError
 from gptopt.finetune import classify
 from gptopt.model import Classifier
 from gptopt.scores import probabilities, score_labels
-from gptopt.training.step import Stepper
 
 ANIMALS = ("cat", "dog", "cow", "owl", "hen", "fox")
 SOUNDS = ("meows", "barks", "moos", "hoots", "clucks", "yelps")
@@ -196,24 +195,11 @@ def test_figures_of_labels_are_those_of_their_definitions():
     assert several["labels"]["a"]["f1"] == 1.0
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_resume_is_bit_exact(classify_options, questions, tmp_path, monkeypatch):
+def test_resume_is_bit_exact(classify_options, questions, tmp_path, dying_after):
     changes = {"steps": 9, "eval_every": 4, "batch_size": 7, "accumulate": 2, "dropout": 0.1}
     classify(classify_options(questions, "straight", **changes))
-    original = Stepper.step
-
-    def deadly(self, *arguments, **keywords):
-        if self.state.step == 5:
-            raise Killed
-        return original(self, *arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", deadly)
-        with pytest.raises(Killed):
-            classify(classify_options(questions, "killed", **changes))
+    with dying_after(5):
+        classify(classify_options(questions, "killed", **changes))
     result = classify(classify_options(questions, "killed", resume=True, **changes))
     assert result["resumed_from"] == 4
     last = [tmp_path / run / "checkpoints/step-000009" for run in ("straight", "killed")]

@@ -15,7 +15,6 @@ from gptopt.errors import UserError
 from gptopt.finetune import sft
 from gptopt.generate import generate_text
 from gptopt.training.metrics import read_metrics
-from gptopt.training.step import Stepper
 
 GREEDY = SamplingOptions(max_new_tokens=12, temperature=0)
 CHAT = {"messages": [{"role": "user", "content": "what says the cat?"},
@@ -179,25 +178,12 @@ def test_overlong_examples_are_treated_as_asked(sft_options, write, policy, kept
     assert (result["examples"], result["dropped"]) == (kept, dropped)
 
 
-class Killed(BaseException):
-    """Ends a run in this process as abruptly as Python can."""
-
-
 @pytest.mark.parametrize("changes", [{}, {"dropout": 0.2, "accumulate": 2}], ids=["plain", "more"])
-def test_resume_is_bit_exact(sft_options, replies, tmp_path, monkeypatch, changes):
+def test_resume_is_bit_exact(sft_options, replies, tmp_path, dying_after, changes):
     changes = {"steps": 7, "eval_every": 4, "block_size": 16, **changes}
     sft(sft_options(replies, "straight", **changes))
-    original = Stepper.step
-
-    def deadly(self, *arguments, **keywords):
-        if self.state.step == 5:
-            raise Killed
-        return original(self, *arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", deadly)
-        with pytest.raises(Killed):
-            sft(sft_options(replies, "killed", **changes))
+    with dying_after(5):
+        sft(sft_options(replies, "killed", **changes))
     assert sft(sft_options(replies, "killed", resume=True, **changes))["resumed_from"] == 4
     straight, killed = (
         tmp_path / run / "checkpoints/step-000007" for run in ("straight", "killed")

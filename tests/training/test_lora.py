@@ -12,13 +12,8 @@ from gptopt.config import TrainOptions
 from gptopt.errors import UserError
 from gptopt.training import train
 from gptopt.training.checkpoints import Checkpoints
-from gptopt.training.step import Stepper
 
 LORA = {"rank": 2, "dropout": 0.3, "targets": "attention,ffn"}
-
-
-class Killed(BaseException):
-    """Ends a run as abruptly as Python can."""
 
 
 @pytest.fixture
@@ -54,19 +49,10 @@ def test_a_checkpoint_holds_the_adapter_alone_and_the_base_stays_as_it_is(run, b
 
 
 @pytest.mark.parametrize("changes", [{}, {"accumulate": 2, "shape": {"dropout": 0.2}}])
-def test_an_interrupted_run_goes_on_bit_for_bit(run, monkeypatch, changes):
+def test_an_interrupted_run_goes_on_bit_for_bit(run, dying_after, changes):
     straight = run("straight", **changes)
-    original = Stepper.step
-
-    def deadly(self, *arguments):
-        if self.state.step == 4:
-            raise Killed
-        original(self, *arguments)
-
-    monkeypatch.setattr(Stepper, "step", deadly)
-    with pytest.raises(Killed):
+    with dying_after(4):
         run("again", **changes)
-    monkeypatch.setattr(Stepper, "step", original)
     result = run("again", resume=True, **changes)
     assert result["resumed_from"] in (2, 4)
     ends = [Checkpoints(Path(each["out"])).of(6) for each in (straight, result)]

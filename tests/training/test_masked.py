@@ -14,7 +14,6 @@ from gptopt.evaluate import evaluate
 from gptopt.generate import generate
 from gptopt.tokenizer import Tokenizer
 from gptopt.training import train
-from gptopt.training.step import Stepper
 
 MASKED = {"objective": "masked", "data": {"kind": "word", "vocab_size": 300}}
 RULE = Masking(mask_id=99, size=100, control_ids=(98, 99))
@@ -78,25 +77,12 @@ def test_a_masked_run_learns_from_both_sides_and_is_asked(options, tmp_path):
     assert answer["masks"][0]["guesses"][0]["probability"] > 0.3
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_resume_repeats_every_mask(options, tmp_path, monkeypatch):
+def test_resume_repeats_every_mask(options, tmp_path, dying_after):
     changes = {"steps": 7, "eval_every": 4, "batch_size": 30, "accumulate": 2, **MASKED}
     changes["model"] = {"dropout": 0.1}
     train(options("straight", **changes))
-    original = Stepper.step
-
-    def deadly(self, *arguments, **keywords):
-        if self.state.step == 5:
-            raise Killed
-        return original(self, *arguments, **keywords)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", deadly)
-        with pytest.raises(Killed):
-            train(options("killed", **changes))
+    with dying_after(5):
+        train(options("killed", **changes))
     assert train(options("killed", resume=True, **changes))["resumed_from"] == 4
     last = [tmp_path / run / "checkpoints/step-000007" for run in ("straight", "killed")]
     for name in ("model.safetensors", "optimizer.safetensors", "rng.safetensors"):

@@ -203,7 +203,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         )
     splits = index.get("splits")
     well_formed = (
-        index.get("dtype") in _DTYPES
+        index.get("dtype") in list(_DTYPES)
         and isinstance(index.get("tokenizer_sha256"), str)
         and isinstance(splits, dict)
         and all(isinstance(splits.get(name), list) for name in SPLITS)

@@ -3,6 +3,7 @@
 Each change is signed anew where a manifest would tell it, as a stranger's folder would be.
 """
 
+import copy
 import json
 import os
 import shutil
@@ -61,14 +62,14 @@ def changed_json(draw, content):
         container, key = draw(st.sampled_from(found))
         match draw(st.sampled_from(["replace", "replace", "replace", "remove", "add", "move"])):
             case "replace":
-                container[key] = draw(st.sampled_from(JUNK))
+                container[key] = copy.deepcopy(draw(st.sampled_from(JUNK)))
             case "remove":
                 del container[key]
             case "add" if isinstance(container, dict):
                 container[draw(st.sampled_from(["x", "", "auto_map", "labels", "\n"]))] = 1
             case _:  # what is at one place, at another
                 other, place = draw(st.sampled_from(found))
-                container[key] = json.loads(json.dumps(other[place])) if place in keys(other) else 0
+                container[key] = copy.deepcopy(other[place]) if place in keys(other) else 0
     return json.dumps(value).replace(f'"{DEEP}"', "[" * 20_000 + "]" * 20_000).encode()
 
 

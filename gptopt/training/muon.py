@@ -67,13 +67,19 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for matrix in group["params"]:
             if matrix.grad is not None:
-                self._update(matrix, group, found_inf)
+                self._update(matrix, matrix.grad, group, found_inf)
 
-    def _update(self, matrix: Tensor, group: dict[str, Any], found_inf: Tensor | None) -> None:
+    def _update(
+        self,
+        matrix: Tensor,
+        gradient: Tensor,
+        group: dict[str, Any],
+        found_inf: Tensor | None,
+    ) -> None:
         state = self.state[matrix]
         if not state:
             state["momentum"] = torch.zeros_like(matrix)
-        gradient, momentum = part_of(matrix.grad), part_of(state["momentum"])
+        gradient, momentum = part_of(gradient), part_of(state["momentum"])
         rate, keep = group["lr"], group["momentum"]
         if found_inf is not None:  # the momentum goes on towards itself, the weights not at all
             gradient = torch.where(found_inf > 0, momentum, gradient)
@@ -81,7 +87,8 @@ class Muon(torch.optim.Optimizer):
         momentum.lerp_(gradient, 1 - keep)
         ahead = gathered(gradient.lerp(momentum, keep), matrix)  # Nesterov's
         rows = self._rows[matrix]  # type: ignore[index]
-        update = torch.cat([_sized(orthogonal(part)) for part in ahead.split(rows)])
+        parts = torch.split(ahead, rows)
+        update = torch.cat([_sized(orthogonal(part)) for part in parts])
         weight = part_of(matrix)
         weight.mul_(1 - rate * group["weight_decay"]).sub_(rate * own_part(update, matrix))
 

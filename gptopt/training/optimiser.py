@@ -1,7 +1,7 @@
 """AdamW or Muon with decay groups, and the moments as named tensors that safetensors can hold."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gptopt.config import LoopOptions
 from gptopt.errors import CheckFailed
 from gptopt.model import GPT
+from gptopt.model.block import Block
 from gptopt.training.muon import Muon
 
 # One fused kernel per step; it also skips the step on the device when found_inf is set. On a CPU it
@@ -35,9 +36,10 @@ def hidden_matrices(model: GPT) -> dict[nn.Parameter, tuple[int, ...]]:
 
     Queries, keys and values are three matrices under each other.
     """
-    fused = {block.attn.qkv.weight: block.attn.widths for block in model.blocks}
+    layers = (cast(Block, block).attn for block in model.blocks)
+    fused = {layer.qkv.weight: layer.widths for layer in layers}
     return {
-        parameter: fused.get(parameter, (parameter.shape[0],))
+        parameter: fused.get(parameter) or (parameter.shape[0],)
         for parameter in model.blocks.parameters()
         if parameter.requires_grad and parameter.ndim == 2
     }
@@ -69,7 +71,7 @@ def build_optimiser(model: GPT, options: LoopOptions) -> torch.optim.Optimizer:
     return adamw
 
 
-def _slots(optimiser: torch.optim.Optimizer) -> dict[nn.Parameter, tuple[str, ...]]:
+def _slots(optimiser: torch.optim.Optimizer) -> dict[Tensor, tuple[str, ...]]:
     """What is kept of each parameter."""
     return {
         parameter: _MUON_SLOTS if "momentum" in group else _ADAMW_SLOTS

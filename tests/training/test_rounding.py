@@ -44,6 +44,15 @@ def test_matrices_are_rounded_and_nothing_else(precision, tied):
         assert torch.equal(weight, before[name])
 
 
+def test_the_scores_of_labels_are_rounded_as_the_head_that_they_are():
+    scores = torch.randn(3, 64, generator=torch.Generator().manual_seed(8))
+    form = PRECISIONS["q4"].head
+    expected = dequantize(
+        quantize(scores, bits=form.bits, block=form.block, symmetric=form.symmetric)
+    )
+    assert torch.equal(Rounding(make().config, "q4")("score.weight", scores), expected)
+
+
 def test_the_weights_come_back_after_an_error():
     model = make()
     before = model.wte.weight.detach().clone()

@@ -242,8 +242,8 @@ def test_what_was_changed_is_used_or_refused_in_one_line(made, tmp_path, bounded
     folder, refused = tmp_path / "folder", []
 
     @settings(
-        max_examples=25, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
+        max_examples=25 if use is resume else 100, phases=[Phase.generate], database=None,
+        derandomize=True, deadline=None, suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     @given(data=st.data())
     def try_one(data):

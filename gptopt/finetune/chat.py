@@ -7,7 +7,7 @@ spelled out inside a message stays the plain characters that it is.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 from gptopt.errors import UserError, first_line
 from gptopt.tokenizer import Tokenizer
@@ -187,7 +187,7 @@ def _generation_tag() -> Any:
     from jinja2.ext import Extension
 
     class Generation(Extension):
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 - the base class declares it so
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

@@ -1,6 +1,7 @@
 """Fixtures of every test: no network, a fixed seed, and a helper that runs the real command."""
 
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -44,6 +45,15 @@ def _seeded():
     np.random.seed(0)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _heard():
+    """Messages reach caplog, whatever a command that ran in this process made of their logger."""
+    logger = logging.getLogger("gptopt")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture

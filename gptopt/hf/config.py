@@ -251,7 +251,7 @@ def _read_gpt2(raw: Mapping[str, Any], kind: Architecture, where: Path) -> Model
     """Missing keys mean what they mean to transformers."""
     raw = {**kind.defaults, **raw}
     dropouts = [raw.get(key, 0.1) for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop")]
-    if len(set(dropouts)) > 1:
+    if any(each != dropouts[0] for each in dropouts):
         logger.warning(
             "%s: one dropout for all is supported; resid_pdrop=%s is used", where, dropouts[0]
         )

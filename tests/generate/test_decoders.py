@@ -206,7 +206,6 @@ def test_a_step_that_cannot_be_captured_runs_plainly_and_says_so_once(
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(torch.cuda, "graph", refuse)
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
     model = make_model()
     with caplog.at_level(logging.WARNING, logger="gptopt.decoders"):
         tokens, _ = recorded(StaticDecoder, model)

@@ -40,10 +40,9 @@ def test_every_operator_is_listed_and_registered(calls):
 
 @pytest.fixture
 def untold(monkeypatch):
-    """As in a process that has said and found out nothing yet, with messages that can be read."""
+    """As in a process that has said and found out nothing yet."""
     monkeypatch.setattr(select, "_told", set())
     monkeypatch.setattr(select, "_found", {})
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
 
 
 def test_triton_without_a_gpu_is_an_error_with_the_reason(calls, untold, monkeypatch):
@@ -106,7 +105,6 @@ def test_auto_says_once_for_each_operator_where_they_differ(calls, untold, monke
 
 def test_reference_says_nothing(calls, monkeypatch, caplog):
     monkeypatch.setattr(select, "_told", set())
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
     with caplog.at_level(logging.INFO, logger="gptopt.kernels"):
         for call in calls.values():
             call("reference")

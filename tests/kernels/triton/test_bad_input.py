@@ -177,7 +177,6 @@ def trusting(device, monkeypatch):
     assert all(select.runs_triton(operator, "triton", x) for operator in select.OPERATORS)
     monkeypatch.setattr(select, "_unproven", lambda *_: None)
     monkeypatch.setattr(select, "_told", set(select.OPERATORS))
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
 
 
 def double(x):
@@ -248,7 +247,6 @@ def nothing_found(monkeypatch):
     """As in a process that has looked for nothing yet and said nothing, and does not interpret."""
     monkeypatch.setattr(select, "_found", {})
     monkeypatch.setattr(select, "_told", set())
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
 
 
 def no_triton(monkeypatch):

@@ -15,7 +15,6 @@ def cache(tmp_path, monkeypatch):
     """A cache of its own, in a process that remembers nothing."""
     monkeypatch.setenv("GPTOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(proof, "_remembered", {})
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
     return tmp_path
 
 

@@ -27,7 +27,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "_remembered", {})
     monkeypatch.setattr(select, "_told", set())
     monkeypatch.setattr(select, "_unproven", proof.doubt)
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
     return tmp_path
 
 

@@ -11,7 +11,6 @@ from gptopt.kernels import proof
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTOPT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(proof, "_remembered", {})
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
     return tmp_path
 
 

@@ -18,7 +18,6 @@ KEY = ("layernorm.fwd", torch.float32, "32")
 def cache(tmp_path, monkeypatch):
     """A cache of its own, and a process that has not looked at it."""
     monkeypatch.setenv("GPTOPT_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(logging.getLogger("gptopt"), "propagate", True)
     new_process()
     yield tmp_path
     monkeypatch.undo()

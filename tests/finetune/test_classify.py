@@ -105,7 +105,7 @@ def test_padding_on_either_side_changes_no_score(make_base, pooling, causal):
 def test_transformers_loads_the_classifier_and_scores_alike(
     classify_options, questions, make_base, shape
 ):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     base = make_base(**shape)
     result = classify(classify_options(questions, init_from=base, steps=4))
     loaded = load_model(result["checkpoint"])

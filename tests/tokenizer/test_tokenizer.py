@@ -196,7 +196,7 @@ def test_save_and_load_keep_every_byte(tokenizer, text, tmp_path):
 
 
 def test_transformers_loads_the_folder_with_the_same_ids(tokenizer, text, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
     try:
         tokenizer.save(tmp_path, model_max_length=128)

@@ -68,7 +68,7 @@ def test_a_new_student_reads_with_its_teachers_tokenizer(options, teacher):
 
 
 def test_a_model_of_transformers_teaches(options, teacher, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     tokenizer = load_model(teacher).tokenizer
     config = transformers.GPT2Config(
         n_layer=2, n_head=2, n_embd=32, n_positions=16, vocab_size=tokenizer.size + 3,

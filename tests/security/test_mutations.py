@@ -226,8 +226,8 @@ def bounded(monkeypatch):
         return
     import resource
 
-    with open("/proc/self/statm", encoding="utf-8") as file:  # noqa: PTH123 - read often
-        now = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    now = pages * os.sysconf("SC_PAGE_SIZE")
     limits = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (now + 3 * 2**30, limits[1]))
     yield

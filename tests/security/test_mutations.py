@@ -9,6 +9,7 @@ import os
 import shutil
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch

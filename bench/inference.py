@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from gptopt.bench.inference_goals import reached
-from gptopt.bench.inference_models import make_gpt2
+from gptopt.bench.inference_models import make_edges, make_gpt2
 from gptopt.bench.inference_profile import profiles
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.bench.machine import command_line, stamp
@@ -123,7 +123,10 @@ def _contenders(options: InferenceOptions, source: Path) -> Iterator[Contender]:
     wanted = options.contenders
     if unknown := [name for name in wanted if name not in (*PEERS, "gptopt")]:
         raise UserError(f"--contenders {unknown[0]}: unknown, choose from gptopt, {_known()}")
-    for given in options.edge:
+    edges = options.edge
+    if not edges and (not wanted or "gptopt" in wanted):
+        edges = [str(folder) for folder in make_edges(source, work)]
+    for given in edges:
         text, _, precision = given.partition(":")
         folder = Path(text)
         files = edge_files(folder)

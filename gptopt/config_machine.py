@@ -98,7 +98,9 @@ class InferenceOptions(Options):
     """Measure exported folders on a CPU beside the runtimes that are installed."""
 
     edge: list[str] = Field(
-        default_factory=list, description="exported folder, or FOLDER:PRECISION; repeat for more"
+        default_factory=list,
+        description="exported folder, or FOLDER:PRECISION; repeat for more (none: the presets of"
+        " the goals, made of the model in --work)",
     )
     peer_python: list[str] = Field(
         default_factory=list,

@@ -9,6 +9,8 @@ from gptopt.kernels.checks import shape, wrong
 from gptopt.kernels.quantization.blocks import check_matrix
 
 _TOP = 127  # -128 is left out, so that a matrix and its negative are quantised alike
+# Two neighbours' products with inputs of up to 255 are added in 16 bits, see quantize_channels.
+_PAIR = (2**15 - 1) // 255
 
 
 class Channels(NamedTuple):
@@ -24,14 +26,28 @@ def quantize_channels(weight: Tensor) -> Channels:
     The format of com.microsoft DynamicQuantizeMatMul and MatMulIntegerToFloat with signed weights
     and no zero point, which take it transposed, (K, N).
 
+    Two neighbouring codes (of columns 2i and 2i + 1) of one sign add up to 128 at most. Processors
+    without dot products of int8 (x86 before VNNI) multiply such pairs with uint8 inputs and add
+    them in saturating 16 bits: larger pairs would be cut off there, and a file would say something
+    else than where it was made. Source: Intel, Software Developer's Manual, VPMADDUBSW.
+
     Raises:
         ValueError: a wrong shape or dtype.
     """
     check_matrix("weight", weight)
-    scales = weight.abs().amax(1) / _TOP
+    scales = torch.maximum(weight.abs().amax(1) / _TOP, _largest_pair(weight) / _PAIR)
     inverse = torch.where(scales < 1e-30, 0.0, 1.0 / scales)
     codes = (weight * inverse.unsqueeze(1)).round_().clamp_(-_TOP, _TOP)
     return Channels(codes.to(torch.int8), scales)
+
+
+def _largest_pair(weight: Tensor) -> Tensor:
+    """(N,): the largest sum, in magnitude, of two neighbours of one sign in a row of (N, K)."""
+    if weight.shape[1] % 2:
+        weight = torch.nn.functional.pad(weight, (0, 1))
+    pairs = weight.unflatten(1, (-1, 2))
+    above, below = pairs.clamp(min=0).sum(-1), pairs.clamp(max=0).sum(-1)
+    return torch.maximum(above.amax(1), -below.amin(1))
 
 
 def dequantize_channels(channels: Channels) -> Tensor:

@@ -119,6 +119,41 @@ def test_dynamic_int8_products_read_the_same_matrix():
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-4)
 
 
+def neighbours(codes):
+    """Largest sum, in magnitude, of two neighbouring codes of one sign."""
+    pairs = torch.nn.functional.pad(codes.int(), (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
+    return max(int(part.clamp(min=0).sum(-1).max()) for part in (pairs, -pairs))
+
+
+def test_dynamic_int8_products_overflow_no_16_bits():
+    torch.manual_seed(0)
+    weight = torch.randn(96, 768)
+    # Both inputs of the largest pair at the top of their range: what saturates, saturates here.
+    channels = quantize_channels(weight)
+    x = torch.ones(3, 768)
+    x[1], x[2] = channels.codes[0].sign().clamp(min=0), torch.arange(768) % 256 / 255
+    taken = {"a": x, "b": channels.codes.T.contiguous(), "s": channels.scales}
+    found = run("DynamicQuantizeMatMul", taken, ["a"])[0]
+    wanted = x.double() @ dequantize_channels(channels).double().T
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-3)
+    assert neighbours(channels.codes) == 128
+    plain = (weight / weight.abs().amax(1, keepdim=True) * 127).round()
+    assert neighbours(plain) > 128  # which is what 255 (a + b) <= 2^15 - 1 forbids
+
+
+@given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
+def test_int8_channels_are_safe_and_found_again(N, K, seed, scale):
+    draw = np.random.default_rng(seed)
+    weight = torch.from_numpy((draw.standard_t(2, (N, K)) * scale).astype(np.float32))
+    channels = quantize_channels(weight)
+    assert neighbours(channels.codes) <= 128
+    rounded = dequantize_channels(channels)
+    assert ((rounded - weight).abs() <= channels.scales.unsqueeze(1) * 0.5001).all()
+    again = quantize_channels(rounded)
+    assert torch.equal(again.codes, channels.codes)
+    torch.testing.assert_close(again.scales, channels.scales, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("per", ["tensor", "channel"])
 def test_an_int8_cache_holds_what_the_kernel_writes(per):
     B, H, K, D, T = 2, 4, 2, 16, 9

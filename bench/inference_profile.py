@@ -3,8 +3,8 @@
     python -P -m gptopt.bench.inference_profile RESULTS --edge FOLDER --edge FOLDER
 
 profiles anew what stands in RESULTS/inference.jsonl; the bench itself ends with the same profiles.
-A token is cut into products, attention, the other operators, and what passes between them; each is
-held against the bytes that it must read at the bandwidth measured in the same minute.
+A token, or a prompt, is cut into products, attention and the other operators; each is held against
+what it cannot do without at the rate measured in the same minute. Memory is told by stage.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gptopt.bench.edge_profile import profile
+from gptopt.bench.edge_memory import profile_memory
+from gptopt.bench.edge_profile import profile, profile_prompt
 from gptopt.bench.inference_goals import reached
 from gptopt.bench.inference_report import summarise, write_chart, write_table
 from gptopt.errors import UserError
@@ -41,7 +42,7 @@ def main() -> None:
 
 
 def profiles(rows: Sequence[Row], folders: Mapping[str, Path]) -> Iterator[Row]:
-    """A row for each contender of ours and decoding that comes nearest to a goal not reached.
+    """A row for each contender and workload of ours that comes nearest to a goal not reached.
 
     Args:
         rows: of a run.
@@ -53,16 +54,28 @@ def profiles(rows: Sequence[Row], folders: Mapping[str, Path]) -> Iterator[Row]:
     short = [goal for goal in reached(rows, summarise(rows)) if not goal["reached"]]
     wanted = [(goal["by"], goal["workload"]) for goal in short]
     for contender, workload in dict.fromkeys(wanted):
-        if not workload.startswith("decode "):
-            continue
         _, name, precision = contender.split()
         if name not in folders:
             raise UserError(f"--edge: {contender} needs a profile; give the folder {name}")
         logger.info("profiling %s, %s", contender, workload)
-        prompt, new = map(int, workload.removeprefix("decode ").split("+"))
+        found = _profiled(folders[name], precision, workload, rows[0]["threads"])
+        if found is None:
+            logger.warning("%s, %s: no profile is made of this", contender, workload)
+        else:
+            yield {"kind": "profile", "contender": contender, "workload": workload, **found}
+
+
+def _profiled(folder: Path, precision: str, workload: str, threads: int) -> Row | None:
+    kind, _, sizes = workload.partition(" ")
+    if kind == "decode":
+        prompt, new = map(int, sizes.split("+"))
         # Half of the new tokens, for the warm-up has read some before: the same room is enough.
-        found = profile(folders[name], precision, prompt, new // 2, rows[0]["threads"])
-        yield {"kind": "profile", "contender": contender, "workload": workload, **found}
+        return profile(folder, precision, prompt, new // 2, threads)
+    if kind == "prefill":
+        return profile_prompt(folder, precision, int(sizes), threads)
+    if kind == "peak_mib":
+        return profile_memory(folder, precision, threads)
+    return None
 
 
 if __name__ == "__main__":

@@ -106,45 +106,67 @@ def write_table(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
 
 
 def limits(profiles: Sequence[Row]) -> list[str]:
-    """What a token's time goes to, as Markdown: a line for each profile.
+    """What a token's or a prompt's time, or memory, goes to, as Markdown: a line for each profile.
 
-    What is furthest above the time that its bytes take at the bandwidth of the same minute is what
-    limits. The profiler makes each node some microseconds longer, so the parts may add up to more
-    than the token, which was timed without it.
+    What is furthest above the time that its bytes take at the bandwidth of the same minute, or its
+    operations at the rate of the best product, is what limits. The profiler makes each node some
+    microseconds longer, so the parts may add up to more than the whole, which was timed without.
     """
     text = [
         "Where a goal is missed, onnxruntime's profile of our nearest contender:",
         "",
-        "| profiled | a token | memory read | products | attention | other operators "
+        "| profiled | takes | this machine | products | attention | other operators "
         "| furthest above the floor |",
         "|---" * 7 + "|",
     ]
-    for row in profiles:
-        parts: dict[str, list[Row]] = {"products": [], "attention": [], "other operators": []}
-        for operator in row["operators"]:
-            op = operator["op"]
-            kind = "products" if "MatMul" in op else "attention" if "Attention" in op else ""
-            parts[kind or "other operators"].append(operator)
-        rate = row["memory_gb_per_s"] * 1e9
-        total = sum(operator["us"] for operator in row["operators"])
-        cells, above = [], {}
-        for name, operators in parts.items():
-            time_us = sum(operator["us"] for operator in operators)
-            size = sum(operator["bytes"] for operator in operators)
-            above[name] = time_us - size / rate * 1e6
-            cell = f"{time_us / 1e3:.2f} ms ({100 * time_us / total:.0f}%), "
-            cell += f"{sum(operator['nodes'] for operator in operators)} nodes"
-            if size and time_us:
-                speed = size / time_us * 1e6
-                cell += f", {size / 1e6:.1f} MB at {speed / 1e9:.1f} GB/s ({speed / rate:.2f})"
-            cells.append(cell)
-        most = max(above, key=lambda name: above[name])
-        text.append(
-            f"| {row['contender'].removeprefix('gptopt ')}, {row['workload']} "
-            f"| {row['token_ms']:.2f} ms | {rate / 1e9:.1f} GB/s | {' | '.join(cells)} "
-            f"| {most}, by {above[most] / 1e3:.2f} ms |"
-        )
+    text += [_limit(row) for row in profiles if "operators" in row]
+    if memory := [row for row in profiles if "stages" in row]:
+        text += ["", "| memory of | MiB after each stage (of it private); peak | weights | cache |"]
+        text += ["|---" * 4 + "|", *map(_memory, memory)]
     return text
+
+
+def _limit(row: Row) -> str:
+    unit = "bytes" if "token_ms" in row else "ops"
+    rate = row["memory_gb_per_s"] * 1e9 if unit == "bytes" else row["ops_per_s"]
+    parts: dict[str, list[Row]] = {"products": [], "attention": [], "other operators": []}
+    for operator in row["operators"]:
+        op = operator["op"]
+        kind = "products" if "MatMul" in op else "attention" if "Attention" in op else ""
+        parts[kind or "other operators"].append(operator)
+    total = sum(operator["us"] for operator in row["operators"])
+    cells, above = [], {}
+    for name, operators in parts.items():
+        time_us = sum(operator["us"] for operator in operators)
+        need = sum(operator[unit] for operator in operators)
+        above[name] = time_us - need / rate * 1e6
+        cell = f"{time_us / 1e3:.2f} ms ({100 * time_us / total:.0f}%), "
+        cell += f"{sum(operator['nodes'] for operator in operators)} nodes"
+        if need and time_us:
+            speed = need / time_us * 1e6
+            what = f"{need / 1e6:.1f} MB at {speed / 1e9:.1f} GB/s"
+            if unit == "ops":
+                what = f"{need / 1e9:.1f} G at {speed / 1e9:.0f} G/s"
+            cell += f", {what} ({speed / rate:.2f})"
+        cells.append(cell)
+    most = max(above, key=lambda name: above[name])
+    taken = row["token_ms"] if unit == "bytes" else row["first_ms"]
+    can = f"reads {rate / 1e9:.1f} GB/s" if unit == "bytes" else f"multiplies {rate / 1e9:.0f} G/s"
+    return (
+        f"| {row['contender'].removeprefix('gptopt ')}, {row['workload']} "
+        f"| {taken:.2f} ms | {can} | {' | '.join(cells)} "
+        f"| {most}, by {above[most] / 1e3:.2f} ms |"
+    )
+
+
+def _memory(row: Row) -> str:
+    stages = [
+        f"{stage['stage']}: {stage['private_mib'] + stage['files_mib']:.0f} "
+        f"({stage['private_mib']:.0f}); {stage['peak_mib']:.0f}"
+        for stage in row["stages"]
+    ]
+    name = row["contender"].removeprefix("gptopt ")
+    return f"| {name} | {', '.join(stages)} | {row['weights_mib']:.0f} | {row['cache_mib']:.0f} |"
 
 
 def _cell(line: Row | None) -> str:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from gptopt.errors import CheckFailed, UserError, first_line
 from gptopt.runtime.adapters import Matrices, Slots
 from gptopt.runtime.folder import EdgeConfig
-from gptopt.runtime.pages import use_huge_pages
+from gptopt.runtime.pages import let_go, use_huge_pages
 from gptopt.runtime.settings import Settings
 from gptopt.runtime.variants import EdgeFile
 
@@ -100,6 +100,7 @@ class Session:
         self.settings = settings or Settings(threads)
         name, self.device = _provider(ort, self.provider)
         self._session = _open(ort, path, name, self.settings, file)
+        let_go(path.with_name(path.name + "_data"))
         self.past, self.present = _cache_names(config)
         self.logits_dtype, self.cache_dtype = _check_contract(self._session, path, config, file)
         self.cache_shape = (config["kv_heads"], config["head_size"])

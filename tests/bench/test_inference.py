@@ -271,7 +271,7 @@ def test_what_limits_a_missed_goal_is_profiled_and_told(tmp_path, monkeypatch):
     assert asked == [(tmp_path, "q4", 32, 64, 2), (tmp_path, "q4", 896, 64, 2)]
     path = write_table(tmp_path, [*rows, *found], summarise(rows))
     assert (
-        "| a q4, decode 32+128 | 2.10 ms | 50.0 GB/s "
+        "| a q4, decode 32+128 | 2.10 ms | reads 50.0 GB/s "
         "| 1.50 ms (75%), 49 nodes, 60.0 MB at 40.0 GB/s (0.80) "
         "| 0.40 ms (20%), 12 nodes, 1.0 MB at 2.5 GB/s (0.05) "
         "| 0.10 ms (5%), 30 nodes | attention, by 0.38 ms |"

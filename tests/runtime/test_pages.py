@@ -29,6 +29,25 @@ def test_only_large_private_writable_memory_of_no_file_is_looked_at():
     assert found == [(0x55D000000000, 32), (0x7F0000000000, 8)]
 
 
+SMAPS = """\
+7f0000000000-7f0000800000 rw-p 00000000 fe:00 77                         /x/a model.onnx_data
+Rss:                2048 kB
+Anonymous:             0 kB
+VmFlags: rd wr mr mw me
+7f0002000000-7f0002800000 rw-p 00800000 fe:00 77                         /x/a model.onnx_data
+Anonymous:             4 kB
+7f0004000000-7f0004800000 rw-p 00000000 fe:00 78                         /x/other.onnx_data
+Anonymous:             0 kB
+7f0006000000-7f0006800000 rw-p 00000000 00:00 0 
+Anonymous:             0 kB
+"""  # noqa: W291 - as the system writes it
+
+
+def test_only_what_was_read_of_that_file_is_let_go():
+    assert list(pages._clean(SMAPS, "/x/a model.onnx_data")) == [(0x7F0000000000, 8 * MIB)]
+    assert list(pages._clean(SMAPS, "model.onnx_data")) == []
+
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
 
 
@@ -76,3 +95,32 @@ def test_a_long_text_moves_the_weights_once(folder, monkeypatch):
     for _ in range(4):
         opened.count_step()
     assert done == [1]
+
+
+def resident(block):
+    """Pages of a mapping that this process holds."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(block))
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            low, high = (int(part, 16) for part in line.split()[0].split("-"))
+            here = low <= address < high
+        elif here and line.startswith("Rss:"):
+            found = int(line.split()[1]) // 4
+    return found
+
+
+@linux
+def test_a_mapped_file_is_let_go_and_read_again(tmp_path):
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(range(256)) * (4 * MIB // 256))
+    with path.open("r+b") as file:
+        block = mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE)
+    assert sum(block[::4096]) == 0
+    assert resident(block) == 4 * MIB // 4096
+    assert pages.let_go(path) == 4 * MIB
+    assert resident(block) == 0
+    assert block[:256] == bytes(range(256))
+    block[0] = 7  # a page of this process's own: no other way back
+    assert pages.let_go(path) == 0
+    assert block[0] == 7

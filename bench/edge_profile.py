@@ -104,7 +104,7 @@ def profile_prompt(folder: Path, precision: str, prompt: int, threads: int = 0) 
     events = _events(folder, precision, threads, lambda model: _read(model, prompt))
     runs = sum(event["name"] == "model_run" for event in events)
     parts = runs // (_PROMPTS + 1)  # the first reading warms up
-    # Of queries and keys, and of weights and values: what a causal model does not see is not needed.
+    # Queries times keys, and weights times values, of what a causal model sees.
     attended = 2 * plain.channels * prompt * (prompt + 1) // parts
 
     def needs(op: str, name: str, rows: int) -> int:

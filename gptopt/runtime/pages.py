@@ -1,13 +1,14 @@
 """Where Linux keeps the weights: in huge pages, and only once.
 
-In huge pages every token takes a tenth less time. A token reads all weights, and with pages of 4 KiB the processor looks up some 20,000 addresses on
-the way. The memory is onnxruntime's own, so it cannot be asked for in huge pages; what lies in it
-is moved there afterwards, 2 MiB at a time. Where the system cannot do that (other systems, Linux
-before 6.1, no free huge page), everything stays where it is.
+A token reads all weights, and with pages of 4 KiB the processor looks up some 20,000 addresses on
+the way: in huge pages it takes a tenth less time. The memory is onnxruntime's own, so it cannot be
+asked for in huge pages; what lies in it is moved there afterwards, 2 MiB at a time. Where the
+system cannot do that (other systems, Linux before 6.1, no free huge page), everything stays where
+it is.
 
 Products read a packed copy of their weights, made while a session is opened. What was read for it
-stays mapped, and counts as this process's memory, until it is let go: a quarter of GPT-2's weights
-in 4 bits. Rows of a table that are looked up later come back from the system's own copy.
+stays mapped, and counts as this process's memory, until it is let go. Rows of a table that are
+looked up later come back from the system's own copy of the file.
 """
 
 import ctypes

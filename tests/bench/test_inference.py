@@ -10,7 +10,7 @@ from gptopt.bench import inference as bench
 from gptopt.bench import inference_profile
 from gptopt.bench.inference_goals import reached, table
 from gptopt.bench.inference_models import make_gpt2, write_tokenizer
-from gptopt.bench.inference_report import summarise, write_chart, write_table
+from gptopt.bench.inference_report import limits, summarise, write_chart, write_table
 from gptopt.bench.processes import Worker, run_once, worker_command
 from gptopt.config_machine import InferenceOptions
 from gptopt.errors import UserError
@@ -278,6 +278,47 @@ def test_what_limits_a_missed_goal_is_profiled_and_told(tmp_path, monkeypatch):
     ) in path.read_text()
     with pytest.raises(UserError, match=r"--edge: gptopt a q4 needs a profile; give the folder a"):
         list(inference_profile.profiles(rows, {}))
+
+
+def test_a_prompt_is_held_against_the_best_product_and_memory_is_told_by_stage():
+    operators = [
+        {"op": "DynamicQuantizeMatMul", "width": 8, "nodes": 48, "us": 4000.0, "ops": 2e9},
+        {"op": "GroupQueryAttention", "width": 0, "nodes": 12, "us": 3000.0, "ops": 5e8},
+        {"op": "Add", "width": 0, "nodes": 30, "us": 1000.0, "ops": 0},
+    ]  # fmt: skip
+    stages = [
+        {"stage": "program", "private_mib": 34.6, "files_mib": 33.6, "peak_mib": 70.0},
+        {"stage": "opened", "private_mib": 120.0, "files_mib": 40.0, "peak_mib": 230.4},
+    ]
+    rows = [
+        {"contender": "gptopt a q8", "workload": "prefill 512", "first_ms": 8.5,
+         "ops_per_s": 1e12, "operators": operators},
+        {"contender": "gptopt a q4", "workload": "peak_mib", "stages": stages,
+         "weights_mib": 73.4, "cache_mib": 18.0},
+    ]  # fmt: skip
+    text = "\n".join(limits(rows))
+    assert (
+        "| a q8, prefill 512 | 8.50 ms | multiplies 1000 G/s "
+        "| 4.00 ms (50%), 48 nodes, 2.0 G at 500 G/s (0.50) "
+        "| 3.00 ms (38%), 12 nodes, 0.5 G at 167 G/s (0.17) "
+        "| 1.00 ms (12%), 30 nodes | attention, by 2.50 ms |"
+    ) in text
+    assert "| a q4 | program: 68 (35); 70, opened: 160 (120); 230 | 73 | 18 |" in text
+
+
+def test_each_kind_of_goal_has_its_profile(tmp_path, monkeypatch):
+    asked = []
+    for name in ("profile", "profile_prompt", "profile_memory"):
+        monkeypatch.setattr(
+            inference_profile, name, lambda *given, of=name: asked.append((of, *given)) or {}
+        )
+    for workload in ("decode 32+128", "prefill 512", "peak_mib"):
+        assert inference_profile._profiled(tmp_path, "q4", workload, 2) == {}
+    assert inference_profile._profiled(tmp_path, "q4", "disk_mb", 2) is None
+    assert asked == [
+        ("profile", tmp_path, "q4", 32, 64, 2), ("profile_prompt", tmp_path, "q4", 512, 2),
+        ("profile_memory", tmp_path, "q4", 2),
+    ]  # fmt: skip
 
 
 def test_goals_are_measured_against_the_fastest_peer_by_time_too():

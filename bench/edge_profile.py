@@ -105,7 +105,8 @@ def profile_prompt(folder: Path, precision: str, prompt: int, threads: int = 0) 
     runs = sum(event["name"] == "model_run" for event in events)
     parts = runs // (_PROMPTS + 1)  # the first reading warms up
     # Queries times keys, and weights times values, of what a causal model sees.
-    attended = 2 * plain.channels * prompt * (prompt + 1) // parts
+    channels = _query_heads(plain, folder) * plain.config["head_size"]
+    attended = 2 * channels * prompt * (prompt + 1) // parts
 
     def needs(op: str, name: str, rows: int) -> int:
         return 2 * rows * weights.get(name, 0) + (attended if "Attention" in op else 0)
@@ -135,11 +136,6 @@ class _Watched(EdgeModel):
         """Bytes of the keys and values of one token in one layer."""
         K, D = self._session.cache_shape
         return 2 * K * D * int(np.dtype(self._session.cache_dtype).itemsize)
-
-    @property
-    def channels(self) -> int:
-        """Of all query heads together."""
-        return self.config["n_head"] * self.config["head_size"]
 
     def end_profiling(self) -> str:
         """The path of the profile."""
@@ -209,6 +205,16 @@ def _weights(model: EdgeModel, folder: Path) -> dict[str, tuple[int, int]]:
                 count = node.attributes["K"].as_int() * node.attributes["N"].as_int()
             found[node.name or ""] = sum(size for size, _ in sizes), count
     return found
+
+
+def _query_heads(model: EdgeModel, folder: Path) -> int:
+    """Of one attention."""
+    names = ("num_heads", "q_num_heads")
+    for node in ir.load(model_file(folder, model.file.file)).graph:
+        for name in names:
+            if name in node.attributes:
+                return node.attributes[name].as_int()
+    return model.config["kv_heads"]
 
 
 def _stored(value: ir.Value | None) -> tuple[int, int]:

@@ -78,7 +78,7 @@ def write_table(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
     head = rows[0]
     machine = head["machine"]
     text = [
-        f"{machine['processor']}, {head['threads']} threads, commit {machine['commit']}. Medians "
+        f"{_processor(machine)}, {head['threads']} threads, commit {machine['commit']}. Medians "
         f"(lowest-highest), ratio to {head['anchor']}: above 1 is faster. {PROBE}: GB/s.",
         "",
     ]
@@ -103,6 +103,12 @@ def write_table(out: Path, rows: Sequence[Row], summary: Sequence[Row]) -> Path:
     path = out / "inference.md"
     path.write_text("\n".join([*text, ""]), encoding="utf-8")
     return path
+
+
+def _processor(machine: Row) -> str:
+    """Its name, and the instruction sets that decide how it multiplies."""
+    sets = machine.get("instructions")
+    return f"{machine['processor']} ({', '.join(sets)})" if sets else str(machine["processor"])
 
 
 def limits(profiles: Sequence[Row]) -> list[str]:

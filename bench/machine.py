@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "triton", "onnxruntime", "onnx", "transformers", "numpy")
+# Those that decide which kernels a product of few bits gets.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp",
+                 "i8mm")  # fmt: skip
 _GPU_STATE = "driver_version,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,temperature.gpu"
 
 
 def stamp() -> dict[str, Any]:
-    """Processor, cores, memory, versions and commit."""
+    """Processor (with the instruction sets that matter), cores, memory, versions and commit."""
     return {
         "processor": _processor(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "python": platform.python_version(),
@@ -87,6 +91,16 @@ def _processor() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
+
+
+def _instructions() -> list[str]:
+    """Of _INSTRUCTIONS those that the first core has; none where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    told = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return [name for name in _INSTRUCTIONS if name in told.split()]
 
 
 def _memory_bytes() -> int:

@@ -340,3 +340,13 @@ def test_a_command_names_no_folder_of_the_machine(monkeypatch):
     monkeypatch.setattr("sys.argv", words)
     said = machine.command_line()
     assert said == "gptopt bench --work work --peer-python llamacpp=python x"
+
+
+def test_a_table_names_the_instructions_that_products_use(monkeypatch):
+    from gptopt.bench import inference_report, machine
+
+    told = "model name : P\nflags : fpu avx2 avx512_vnni avx512_vnni_x\n\nflags : fpu\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: told)
+    assert machine._instructions() == ["avx2", "avx512_vnni"]
+    named = inference_report._processor({"processor": "P", "instructions": ["avx2"]})
+    assert (named, inference_report._processor({"processor": "P"})) == ("P (avx2)", "P")

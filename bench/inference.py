@@ -121,8 +121,12 @@ def _contenders(options: InferenceOptions, source: Path) -> Iterator[Contender]:
     pythons = dict(_pythons(options.peer_python))
     work = Path(options.work)
     wanted = options.contenders
-    if unknown := [name for name in wanted if name not in (*PEERS, "gptopt")]:
-        raise UserError(f"--contenders {unknown[0]}: unknown, choose from gptopt, {_known()}")
+    each_variant = {f"{name} {v}": name for name, (_, variants) in PEERS.items() for v in variants}
+    if unknown := [name for name in wanted if name not in (*PEERS, *each_variant, "gptopt")]:
+        raise UserError(
+            f"--contenders {unknown[0]}: unknown, choose from gptopt, {_known()}, or one of their "
+            f"variants, as in {next(iter(each_variant))!r}"
+        )
     edges = options.edge
     if not edges and (not wanted or "gptopt" in wanted):
         edges = [str(folder) for folder in make_edges(source, work)]
@@ -141,15 +145,13 @@ def _contenders(options: InferenceOptions, source: Path) -> Iterator[Contender]:
                 yield Contender(
                     f"genai, gptopt {name}", "genai", pythons["genai"], folder, files[name].file
                 )
-    for name, (peer, variants) in PEERS.items():
-        if (name not in pythons and name not in _AT_HOME) or (wanted and name not in wanted):
-            continue
-        for variant in variants:
+    for label, name in each_variant.items():
+        peer, variant = PEERS[name][0], label.removeprefix(f"{name} ")
+        there = name in pythons or name in _AT_HOME
+        if there and (not wanted or name in wanted or label in wanted):
             python = pythons.get(name, "")
             model = source if peer == "torch_eager" else work / f"{peer}-{variant}"
-            yield Contender(
-                f"{name} {variant}", peer, python, model, variant, comparable=name != "genai"
-            )
+            yield Contender(label, peer, python, model, variant, comparable=name != "genai")
 
 
 def _pythons(given: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -113,7 +113,9 @@ class InferenceOptions(Options):
     )
     out: str = Field("bench/results", description="folder for rows, table and chart")
     contenders: list[str] = Field(
-        default_factory=list, description="a contender to measure; repeat for more (none: all)"
+        default_factory=list,
+        description="a contender, or one variant of it ('torch float32'); repeat for more (none:"
+        " all)",
     )
     workloads: list[str] = Field(
         default_factory=list, description="a workload to measure; repeat for more (none: all)"

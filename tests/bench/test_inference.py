@@ -196,6 +196,12 @@ def test_mistakes_are_one_line(tmp_path, values, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_contender_may_be_one_variant(tmp_path):
+    options = InferenceOptions(work=str(tmp_path), contenders=["torch float32", "transformers"])
+    found = [each.name for each in bench._contenders(options, tmp_path)]
+    assert found == ["torch float32", "transformers generate-float32"]
+
+
 def test_the_model_has_a_tokenizer_of_its_size(tmp_path):
     from tokenizers import Tokenizer
 

@@ -138,7 +138,8 @@ def table(lines: Sequence[Row]) -> list[str]:
     text = ["| goal | measured | over | to reach | found | by | |", "|---" * 7 + "|"]
     for line in lines:
         form = {"disk_mb": "{:.1f} MB", "peak_mib": "{:.0f} MiB"}.get(line["workload"], "{:.2f}")
-        state = "reached" if line["reached"] else f"{100 * line['short_of']:.0f}% short"
+        missing = 100 * line["short_of"]
+        state = "reached" if line["reached"] else f"{missing:.{0 if missing >= 1 else 1}f}% short"
         cells = [line["goal"], line["workload"], line["over"] or "", form.format(line["target"]),
                  form.format(line["value"]), line["by"].removeprefix("gptopt "), state]  # fmt: skip
         text.append("| " + " | ".join(cells) + " |")

@@ -45,7 +45,7 @@ def _largest_pair(weight: Tensor) -> Tensor:
     """(N,): the largest sum, in magnitude, of two neighbours of one sign in a row of (N, K)."""
     if weight.shape[1] % 2:
         weight = torch.nn.functional.pad(weight, (0, 1))
-    pairs = weight.unflatten(1, (-1, 2))
+    pairs = weight.reshape(len(weight), -1, 2)
     above, below = pairs.clamp(min=0).sum(-1), pairs.clamp(max=0).sum(-1)
     return torch.maximum(above.amax(1), -below.amin(1))
 

@@ -250,6 +250,8 @@ def test_goals_name_the_preset_that_meets_them_and_what_is_missing():
     assert found["memory of q4", "peak_mib", None]["reached"]
     assert not [key for key in found if key[0].startswith(("q8", "fp32", "load"))]
     assert "6% short" in table(list(found.values()))[-2]
+    nearly = short | {"reached": False, "short_of": 0.001}
+    assert "| 0.1% short |" in table([nearly])[-1]
 
 
 def test_what_limits_a_missed_goal_is_profiled_and_told(tmp_path, monkeypatch):

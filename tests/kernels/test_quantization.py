@@ -141,6 +141,7 @@ def test_dynamic_int8_products_overflow_no_16_bits():
     assert neighbours(plain) > 128  # which is what 255 (a + b) <= 2^15 - 1 forbids
 
 
+@settings(deadline=None)
 @given(st.integers(1, 4), st.integers(1, 9), st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3))
 def test_int8_channels_are_safe_and_found_again(N, K, seed, scale):
     draw = np.random.default_rng(seed)

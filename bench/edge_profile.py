@@ -30,8 +30,8 @@ from gptopt.bench.peers import bandwidth
 from gptopt.bench.product_rate import product_rate
 from gptopt.runtime.edge import EdgeModel
 from gptopt.runtime.folder import model_file
-from gptopt.runtime.variants import MODEL_FILE
 
+_WHOLE = ("DynamicQuantizeMatMul", "MatMulNBits")  # multiply in int8
 _WARM_UP = 24  # tokens, after which the weights lie where they stay
 _PROMPTS = 5  # readings of a prompt that count
 _READINGS = 40  # of 512 MiB, before the decoding and after it
@@ -74,7 +74,8 @@ def profile(
     del probe
     events = _events(folder, precision, threads, lambda model: _decode(model, prompt, tokens))
     cache = plain.layer_bytes * (prompt + _WARM_UP + tokens // 2)
-    weights = {name: size for name, (size, _) in _weights(plain, folder).items()}
+    graph = ir.load(model_file(folder, plain.file.file)).graph
+    weights = {name: size for name, (size, _) in _weights(graph).items()}
 
     def needs(op: str, name: str, rows: int) -> int:
         return weights.get(name, cache if "Attention" in op else 0)
@@ -96,8 +97,9 @@ def profile_prompt(folder: Path, precision: str, prompt: int, threads: int = 0) 
         are; operators: as `profile` gives them, with `ops` (that it must compute) for bytes.
     """
     plain = _Watched(folder, precision=precision, threads=threads)
-    weights = {name: count for name, (_, count) in _weights(plain, folder).items()}
-    whole = plain.file.file != MODEL_FILE
+    graph = ir.load(model_file(folder, plain.file.file)).graph
+    weights = {name: count for name, (_, count) in _weights(graph).items()}
+    whole = any(node.op_type in _WHOLE for node in graph)
     rates = [product_rate(whole=whole, threads=plain.settings.threads)]
     times = _read(plain, prompt)
     rates.append(product_rate(whole=whole, threads=plain.settings.threads))
@@ -105,7 +107,7 @@ def profile_prompt(folder: Path, precision: str, prompt: int, threads: int = 0) 
     runs = sum(event["name"] == "model_run" for event in events)
     parts = runs // (_PROMPTS + 1)  # the first reading warms up
     # Queries times keys, and weights times values, of what a causal model sees.
-    channels = _query_heads(plain, folder) * plain.config["head_size"]
+    channels = _query_heads(graph) * plain.config["head_size"]
     attended = 2 * channels * prompt * (prompt + 1) // parts
 
     def needs(op: str, name: str, rows: int) -> int:
@@ -194,10 +196,10 @@ def _text(model: EdgeModel, tokens: int) -> list[int]:
     return ids
 
 
-def _weights(model: EdgeModel, folder: Path) -> dict[str, tuple[int, int]]:
+def _weights(graph: ir.Graph) -> dict[str, tuple[int, int]]:
     """Of each product's node: bytes of weight, scales and zero points; number of weights."""
     found = {}
-    for node in ir.load(model_file(folder, model.file.file)).graph:
+    for node in graph:
         if "MatMul" in node.op_type:
             sizes = [_stored(value) for value in node.inputs]
             count = sizes[1][1]
@@ -207,14 +209,20 @@ def _weights(model: EdgeModel, folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _query_heads(model: EdgeModel, folder: Path) -> int:
-    """Of one attention."""
-    names = ("num_heads", "q_num_heads")
-    for node in ir.load(model_file(folder, model.file.file)).graph:
-        for name in names:
-            if name in node.attributes:
-                return node.attributes[name].as_int()
-    return model.config["kv_heads"]
+def _query_heads(graph: ir.Graph) -> int:
+    """Of one attention; 0 where the graph has none as one node."""
+    node = next((node for node in graph if "Attention" in node.op_type), None)
+    if node is None:
+        return 0
+    for name in ("num_heads", "q_num_heads"):
+        if name in node.attributes:
+            return node.attributes[name].as_int()
+    query = node.inputs[0]  # (B, H, T, D)
+    assert query is not None
+    assert query.shape is not None
+    heads = query.shape[1]
+    assert isinstance(heads, int)
+    return heads
 
 
 def _stored(value: ir.Value | None) -> tuple[int, int]:

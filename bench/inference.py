@@ -121,11 +121,11 @@ def _contenders(options: InferenceOptions, source: Path) -> Iterator[Contender]:
     pythons = dict(_pythons(options.peer_python))
     work = Path(options.work)
     wanted = options.contenders
-    each_variant = {f"{name} {v}": name for name, (_, variants) in PEERS.items() for v in variants}
-    if unknown := [name for name in wanted if name not in (*PEERS, *each_variant, "gptopt")]:
+    labels = {f"{name} {v}": (name, v) for name, (_, variants) in PEERS.items() for v in variants}
+    if unknown := [name for name in wanted if name not in (*PEERS, *labels, "gptopt")]:
         raise UserError(
             f"--contenders {unknown[0]}: unknown, choose from gptopt, {_known()}, or one of their "
-            f"variants, as in {next(iter(each_variant))!r}"
+            f"variants, as in {next(iter(labels))!r}"
         )
     edges = options.edge
     if not edges and (not wanted or "gptopt" in wanted):
@@ -145,11 +145,10 @@ def _contenders(options: InferenceOptions, source: Path) -> Iterator[Contender]:
                 yield Contender(
                     f"genai, gptopt {name}", "genai", pythons["genai"], folder, files[name].file
                 )
-    for label, name in each_variant.items():
-        peer, variant = PEERS[name][0], label.removeprefix(f"{name} ")
+    for label, (name, variant) in labels.items():
         there = name in pythons or name in _AT_HOME
         if there and (not wanted or name in wanted or label in wanted):
-            python = pythons.get(name, "")
+            peer, python = PEERS[name][0], pythons.get(name, "")
             model = source if peer == "torch_eager" else work / f"{peer}-{variant}"
             yield Contender(label, peer, python, model, variant, comparable=name != "genai")
 

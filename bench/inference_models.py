@@ -7,7 +7,6 @@ itself and repeats one for ever, so here the blocks weigh more than the embeddin
 
 import json
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
     (folder / "merges.txt").write_text(f"#version: 0.2\n{pairs}\n", encoding="utf-8")
 
 
-def make_edges(source: Path, work: Path) -> Iterator[Path]:
+def make_edges(source: Path, work: Path) -> list[Path]:
     """The folders of PRESETS in `work`, exported from a model folder where they are not there yet.
 
     Every file is proven, as every export is. What rounding costs is not measured, for of random
@@ -108,7 +107,7 @@ def make_edges(source: Path, work: Path) -> Iterator[Path]:
                 loaded.model, loaded.tokenizer, work / name, target=TARGETS[target], plan=plan,
                 common=common,
             )  # fmt: skip
-    yield from (work / name for name in PRESETS)
+    return [work / name for name in PRESETS]
 
 
 def _searched(precision: Precision) -> Precision:

@@ -69,6 +69,7 @@ def prepare(source: Path, out: Path, variant: str) -> None:
         transformers.LlamaForCausalLM(shape).save_pretrained(model)
         for name in ("tokenizer.json", "tokenizer_config.json"):
             (model / name).write_bytes((source / name).read_bytes())
+        # -P: transformers must not find a folder called `kernels` where the bench was started.
         command = [sys.executable, "-P", "-m", "onnxruntime_genai.models.builder", "-e", "cpu"]
         command += ["-i", str(model), "-o", str(out), "-p", variant, "-c", str(Path(scratch) / "c")]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -46,7 +46,7 @@ def let_go(path: Path) -> int:
 
     Where a region holds pages that were written to, it stays as it is.
     """
-    if sys.platform != "linux" or not _SMAPS.is_file():
+    if sys.platform != "linux" or not path.is_file() or not _SMAPS.is_file():
         return 0
     library, gone = ctypes.CDLL(None), 0
     name = str(path.resolve())

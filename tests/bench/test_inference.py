@@ -9,11 +9,13 @@ import pytest
 from gptopt.bench import inference as bench
 from gptopt.bench import inference_profile
 from gptopt.bench.inference_goals import reached, table
-from gptopt.bench.inference_models import make_gpt2, write_tokenizer
+from gptopt.bench.inference_models import PRESETS, _searched, make_edges, make_gpt2, write_tokenizer
 from gptopt.bench.inference_report import limits, summarise, write_chart, write_table
 from gptopt.bench.processes import Worker, run_once, worker_command
 from gptopt.config_machine import InferenceOptions
 from gptopt.errors import UserError
+from gptopt.precisions import PRECISIONS
+from gptopt.runtime.variants import edge_files
 
 pytestmark = pytest.mark.skipif(not Path("/proc/stat").exists(), reason="stops Linux processes")
 
@@ -222,6 +224,44 @@ def test_the_model_says_different_tokens_behind_different_texts(tmp_path):
     said = model(texts).logits[:, -1].argmax(-1)
     assert len(set(said.tolist())) > 8
     assert (said != texts[:, -1]).sum() > 12
+
+
+def test_measured_files_have_the_formats_of_their_preset():
+    from dataclasses import replace
+
+    preset = PRECISIONS["q4"]
+    found = _searched(preset)
+    formats = [found.layers, found.head, *found.overrides.values()]
+    assert [form.method for form in formats] == ["search"] * 3
+    assert replace(found.layers, method="gptq") == preset.layers
+    assert replace(found.head, method="gptq") == preset.head
+    assert found.overrides.keys() == preset.overrides.keys()
+    assert _searched(PRECISIONS["q8"]).layers == PRECISIONS["q8"].layers
+
+
+@pytest.mark.slow
+def test_the_folders_of_the_goals_are_made_once_and_profiled(tmp_path, monkeypatch):
+    make_gpt2(tmp_path / "m", n_layer=2, n_head=2, n_embd=64, vocab_size=1000, n_positions=1024)
+    folders = make_edges(tmp_path / "m", tmp_path)
+    assert [folder.name for folder in folders] == list(PRESETS)
+    for folder in folders:
+        _, precisions, int8_cache = PRESETS[folder.name]
+        files = edge_files(folder)
+        assert list(files) == precisions.split(",")
+        assert {file.cache_dtype == "int8" for file in files.values()} == {int8_cache}
+    before = [path.stat().st_mtime_ns for path in folders]
+    assert make_edges(tmp_path / "m", tmp_path) == folders
+    assert [path.stat().st_mtime_ns for path in folders] == before
+    prompt = inference_profile._profiled(folders[1], "q8", "prefill 512", 1)
+    products = [row for row in prompt["operators"] if row["op"] == "DynamicQuantizeMatMul"]
+    # Behind the last attention only the last position goes on: 9 of the 12 matrices' worth.
+    assert sum(row["ops"] for row in products) == 2 * 64 * 64 * ((12 + 3) * 512 + 9)
+    attention = next(row for row in prompt["operators"] if "Attention" in row["op"])
+    assert attention["ops"] == pytest.approx(2 * 2 * 64 * 512 * 513, rel=1e-3)
+    memory = inference_profile._profiled(folders[0], "q4", "peak_mib", 1)
+    peaks = [stage["peak_mib"] for stage in memory["stages"]]
+    assert len(peaks) == 5
+    assert peaks == sorted(peaks)
 
 
 def goals_of(rates):

@@ -1,6 +1,7 @@
 """Fixtures of every test: no network, a fixed seed, and a helper that runs the real command."""
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -54,6 +55,29 @@ def _heard():
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
     logger.propagate = True
+
+
+@pytest.fixture(autouse=True)
+def _translations_read_once():
+    """torch.onnx reads what it can translate anew for each export, for a second: here once."""
+    module = sys.modules.get("torch.onnx._internal.exporter._registration")
+    if module is None or "from_torchlib" not in vars(module.ONNXRegistry):
+        return
+    read = vars(module.ONNXRegistry)["from_torchlib"]
+    if not isinstance(read, classmethod):
+        return
+
+    @functools.cache
+    def once(opset_version):
+        return read.__func__(module.ONNXRegistry, opset_version=opset_version)
+
+    def copied(opset_version=module._constants.TORCHLIB_OPSET):
+        registry = module.ONNXRegistry()
+        registry.__dict__.update(once(opset_version).__dict__)
+        registry.functions = {name: [*found] for name, found in registry.functions.items()}
+        return registry
+
+    module.ONNXRegistry.from_torchlib = staticmethod(copied)
 
 
 @pytest.fixture

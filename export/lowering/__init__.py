@@ -6,7 +6,9 @@ clarity and repeat themselves in every layer: passes.py merges what is equal.
 """
 
 import contextlib
+import copy
 import logging
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from gptopt.errors import UserError, first_line
 from gptopt.export.contract import Contract
 from gptopt.export.lowering import attention, ffn, gqa, layernorm, rotary, scatter
 from gptopt.export.lowering.constants import embed_constants
+from gptopt.export.lowering.ops import Value, op
 from gptopt.export.notes import Notes
 from gptopt.export.targets import Target
 from gptopt.export.trace import PREFIX, quiet
@@ -26,6 +29,36 @@ from gptopt.export.trace import PREFIX, quiet
 _OLDEST = 18  # opset that torch.onnx writes; passes.downgrade goes below
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
+
+_aten = torch.ops.aten
+
+# What torch.onnx translates as it stands: nothing to take apart, nothing that writes in place.
+_WHOLE = {
+    operator.getitem,
+    _aten._assert_tensor_metadata.default,
+    _aten.add.Tensor,
+    _aten.arange.start,
+    _aten.arange.start_step,
+    _aten.cat.default,
+    _aten.cos.default,
+    _aten.div.Tensor,
+    _aten.embedding.default,
+    _aten.exp2.default,
+    _aten.flatten.using_ints,
+    _aten.linear.default,
+    _aten.mul.Tensor,
+    _aten.pow.Scalar,
+    _aten.reciprocal.default,
+    _aten.reshape.default,
+    _aten.sin.default,
+    _aten.split_with_sizes.default,
+    _aten.stack.default,
+    _aten.sym_size.int,
+    _aten.tanh.default,
+    _aten.transpose.int,
+    _aten.unsqueeze.default,
+    _aten.view.default,
+}
 
 
 def table(target: Target) -> Table:
@@ -36,6 +69,7 @@ def table(target: Target) -> Table:
         operators.ffn.default: ffn.lowering(target.operators),
         operators.layernorm.default: layernorm.lowering(target.operators),
         operators.rotary.default: rotary.lowering(target.operators),
+        _aten.to.dtype: _to_dtype,
     }
 
 
@@ -69,13 +103,14 @@ def translate(program: ExportedProgram, target: Target) -> ir.Model:
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with _frozen(program), quiet():
         try:
+            translations = table(target)
             exported = torch.onnx.export(
-                program,
+                _ready(program, translations),
                 dynamo=True,
                 verbose=False,
                 optimize=False,
                 opset_version=max(target.opset, _OLDEST),
-                custom_translation_table=table(target),
+                custom_translation_table=translations,
             )
         except Exception as error:
             # torch.onnx wraps whatever happens; the first cause says what was not understood.
@@ -91,6 +126,34 @@ def translate(program: ExportedProgram, target: Target) -> ir.Model:
     model.ir_version = target.ir_version
     model.producer_name, model.producer_version = "gptopt", gptopt.__version__
     return model
+
+
+def _to_dtype(
+    x: Value,
+    dtype: int,
+    non_blocking: bool = False,
+    copy: bool = False,
+    memory_format: int | None = None,
+) -> Value:
+    """aten::to: a cast; what asks for the type that is there already, is cleaned away."""
+    return op.Cast(x, to=dtype)
+
+
+def _ready(program: ExportedProgram, translations: Table) -> ExportedProgram:
+    """The program as torch.onnx gets it: where nothing is to be taken apart, a copy that says so.
+
+    torch.onnx traces what it is given a second time to take composite operations apart, which would
+    be most of an export's time.
+    """
+    whole = _WHOLE | translations.keys()
+    called = (node.target for node in program.graph.nodes if node.op == "call_function")
+    if not whole.issuperset(called):
+        return program
+    tensors = (*program.state_dict.values(), *program.constants.values())
+    # torch.onnx writes types into what it gets, and targets share programs. Weights stay shared.
+    ready = copy.deepcopy(program, {id(tensor): tensor for tensor in tensors})
+    ready.run_decompositions = lambda *_: ready  # type: ignore[method-assign]
+    return ready
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from torch import nn
 from torch.export import Dim
 
 from gptopt.errors import UserError
+from gptopt.export import lowering
 from gptopt.export.lowering import translate
 from gptopt.export.passes import clean
 from gptopt.export.targets import GROWING
@@ -27,14 +28,18 @@ class Function(nn.Module):
         return self.function(*tensors)
 
 
-def run(function, axes, *tensors):
-    """What the function says in PyTorch and as a graph, whose sizes along `axes` are free."""
+def record(function, axes, *tensors):
+    """The program of a function whose sizes along `axes` are free."""
     dynamic = tuple(dict.fromkeys(free, Dim.DYNAMIC) for free in axes)
     with torch.no_grad(), quiet():
-        program = torch.export.export(
+        return torch.export.export(
             Function(function), tensors, dynamic_shapes=(dynamic,), strict=False
         )
-    model = clean(translate(program, GROWING))
+
+
+def run(function, axes, *tensors):
+    """What the function says in PyTorch and as a graph."""
+    model = clean(translate(record(function, axes, *tensors), GROWING))
     names = [value.name for value in model.graph.inputs]
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
@@ -188,3 +193,36 @@ def test_frequencies_are_those_of_pytorch_to_the_last_bit():
     wanted, found = run(function, ((0,),), torch.full((7, 1), 100000.0))
     for ours, theirs in zip(wanted, found, strict=True):
         assert np.array_equal(theirs, ours.numpy())
+
+
+def plain(ids, x):
+    """All that torch.onnx is trusted with as it stands."""
+    steps = torch.arange(0, ids.shape[1]).to(torch.float32).unsqueeze(-1)
+    angles = steps.exp2().reciprocal() * steps / 100.0 ** torch.arange(0, 8, 2)
+    table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+    first, second = torch.embedding(x, ids).split([3, 5], dim=-1)
+    joined = torch.cat([second, first], dim=-1) + table.tanh()
+    turned = joined.transpose(0, 1).reshape(-1, 4)
+    return torch.nn.functional.linear(turned, x.view(-1, 4)), joined
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_a_program_of_whole_operations_is_not_traced_a_second_time(again, monkeypatch):
+    """And says the same as if it were."""
+    ids, x = torch.randint(0, 7, (B, T)), torch.randn(7, C)
+    program = record(plain, ((0, 1), ()), ids, x)
+    calls = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    assert calls == lowering._WHOLE | {torch.ops.aten.to.dtype}
+    traced, text = [], str(program)
+    taken_apart = torch.export.ExportedProgram.run_decompositions
+    monkeypatch.setattr(
+        torch.export.ExportedProgram,
+        "run_decompositions",
+        lambda *arguments: traced.append(1) or taken_apart(*arguments),
+    )
+    if again:
+        monkeypatch.setattr(lowering, "_WHOLE", set())
+    assert_same(*run(plain, ((0, 1), ()), ids, x))
+    assert len(traced) == again
+    translate(program, GROWING)
+    assert str(program) == text

@@ -9,9 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.targets import GROWING
 
 
@@ -29,7 +29,7 @@ def export(tmp_path_factory):
 
     def run(model, target=GROWING, told=False):
         path = tmp_path_factory.mktemp("graph") / "model.onnx"
-        build = Build(target)
+        build = build_of(model, target)
         ir.save(build_graph(model, model.config, build), path)
         return (path, build) if told else path
 

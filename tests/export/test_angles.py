@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import onnx_ir as ir
 import pytest
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.export.angles import tabulate_angles
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.targets import PORTABLE, WEB
 from gptopt.export.validate import prove
 
@@ -22,7 +22,7 @@ ROTARY = {"position": "rotary", "n_kv_head": 2}
 def test_the_web_target_computes_no_angle_and_says_what_the_model_says(options, tmp_path):
     model = random_gpt(**SIZES, **options)
     path = tmp_path / "model.onnx"
-    ir.save(build_graph(model, model.config, Build(WEB)), path)
+    ir.save(build_graph(model, model.config, build_of(model, WEB)), path)
     kinds = Counter(node.op_type for node in ir.load(path).graph)
     assert kinds["Cos"] == kinds["Sin"] == 0
     proof = prove(path, model, file=WEB.facts("onnx/model.onnx"))
@@ -31,7 +31,7 @@ def test_the_web_target_computes_no_angle_and_says_what_the_model_says(options, 
 
 def test_a_table_holds_a_row_for_each_position():
     model = random_gpt(**SIZES, **ROTARY)
-    graph = build_graph(model, model.config, Build(PORTABLE))
+    graph = build_graph(model, model.config, build_of(model, PORTABLE))
     before = {node.op_type for node in graph.graph}
     assert {"Cos", "Sin"} <= before
     tabulate_angles(graph, 72)
@@ -48,7 +48,7 @@ def test_a_table_holds_a_row_for_each_position():
 
 def test_other_cosines_stay():
     model = random_gpt(**SIZES, **ROTARY)
-    graph = build_graph(model, model.config, Build(PORTABLE))
+    graph = build_graph(model, model.config, build_of(model, PORTABLE))
     ids = next(
         node for node in graph.graph if "position_ids" in [v and v.name for v in node.inputs]
     )

@@ -8,14 +8,14 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.checkpoint import save_model
 from gptopt.config_export import ExportOptions
 from gptopt.errors import UserError
 from gptopt.export.budget import Budget, parse_budget
 from gptopt.export.calibration import Calibration
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quality import HeldOut, Quality
 from gptopt.export.search import CANDIDATES, Measured, Mix, pareto_front, search
 from gptopt.export.targets import PORTABLE
@@ -37,7 +37,9 @@ def calibration(model):
 
 @pytest.fixture(scope="module")
 def front(model, calibration):
-    return pareto_front(build_graph(model, model.config, Build(PORTABLE)).graph, calibration)
+    return pareto_front(
+        build_graph(model, model.config, build_of(model, PORTABLE)).graph, calibration
+    )
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_the_front_goes_from_small_to_good(front):
 
 
 def test_a_mix_beats_one_format_for_all(model, calibration, front):
-    graph = build_graph(model, model.config, Build(PORTABLE)).graph
+    graph = build_graph(model, model.config, build_of(model, PORTABLE)).graph
     (uniform,) = pareto_front(graph, calibration, [CANDIDATES[3]])
     best = next(mix for mix in front if mix.bytes >= uniform.bytes)
     assert best.bytes < 1.05 * uniform.bytes

@@ -4,13 +4,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 from test_options import TOGETHER
 
 from gptopt.errors import CheckFailed, UserError
 from gptopt.export import registry
 from gptopt.export.notes import Notes
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import ORT_CUDA, STANDARD
@@ -20,7 +20,7 @@ from gptopt.precisions import PRECISIONS, find_precisions
 def half(**options):
     """A model's float16 graph for CUDA, and the notes."""
     model = random_gpt(**options)
-    build = Build(ORT_CUDA)
+    build = build_of(model, ORT_CUDA)
     graph = build_graph(model, model.config, build)
     return quantize_graph(graph, PRECISIONS["fp16"], build.notes), build
 
@@ -61,7 +61,7 @@ def test_bfloat16_has_kernels_on_cuda_but_none_for_the_proof():
 
 def test_a_node_without_a_cuda_kernel_is_found():
     model = random_gpt(n_layer=1)
-    build = Build(ORT_CUDA)
+    build = build_of(model, ORT_CUDA)
     graph = build_graph(model, model.config, build)  # float32, which CUDA's GQA does not take
     with pytest.raises(CheckFailed) as caught:
         check_kernels(graph, ORT_CUDA, Notes())
@@ -88,7 +88,7 @@ def test_the_list_is_of_operators_that_onnxruntime_knows():
 )
 def test_what_a_cuda_graph_needs_is_told(options, what, reason):
     model = random_gpt(**options)
-    build = Build(ORT_CUDA)
+    build = build_of(model, ORT_CUDA)
     build_graph(model, model.config, build)
     (note,) = said(build, "cuda graph")
     assert note.what.startswith(what)

@@ -7,12 +7,12 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.export.bisect import explain
 from gptopt.export.lookups import lookups, unfold_lookups
 from gptopt.export.notes import Notes
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import TARGETS
@@ -90,7 +90,7 @@ def test_halves_stay_halves():
 def web(request):
     torch.manual_seed(0)
     model = random_gpt(tie_head=request.param, n_layer=1, block_size=72, vocab_size=512)
-    return model, build_graph(model, model.config, Build(WEB))
+    return model, build_graph(model, model.config, build_of(model, WEB))
 
 
 def written(graph, path, name):

@@ -199,11 +199,13 @@ def plain(ids, x):
     """All that torch.onnx is trusted with as it stands."""
     steps = torch.arange(0, ids.shape[1]).to(torch.float32).unsqueeze(-1)
     angles = steps.exp2().reciprocal() * steps / 100.0 ** torch.arange(0, 8, 2)
-    table = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2)
+    table = torch.stack([angles.sin(), -angles.cos()], dim=-1).flatten(-2)
     first, second = torch.embedding(x, ids).split([3, 5], dim=-1)
-    joined = torch.cat([second, first], dim=-1) + table.tanh()
+    joined = torch.cat([second, first], dim=-1) + table.tanh()  # (B, T, C)
+    q, k = joined.view(*ids.shape, 2, 4).permute(2, 0, 1, 3).unbind(0)  # (B, T, C / 2)
+    mixed = (q @ k.transpose(1, 2)).softmax(-1) @ (q - k.sigmoid())
     turned = joined.transpose(0, 1).reshape(-1, 4)
-    return torch.nn.functional.linear(turned, x.view(-1, 4)), joined
+    return torch.nn.functional.linear(turned, x.view(-1, 4)), mixed.select(0, 1)[1:]
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])

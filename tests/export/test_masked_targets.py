@@ -2,10 +2,10 @@
 
 import onnx_ir as ir
 import pytest
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.export import prove
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.registry import check_kernels
 from gptopt.export.targets import TARGETS
@@ -15,7 +15,7 @@ from gptopt.precisions import PRECISIONS
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_a_masked_model_keeps_one_contract(target, tmp_path):
     model = random_gpt(causal=False, n_layer=1)
-    build, path = Build(target), tmp_path / "model.onnx"
+    build, path = build_of(model, target), tmp_path / "model.onnx"
     made = build_graph(model, model.config, build)
     if target.precisions[0] != "fp32":  # CUDA's, looked up among its kernels and proven on the CPU
         made = quantize_graph(made, PRECISIONS[target.precisions[0]], build.notes)

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.checkpoint import save_model
 from gptopt.config_export import ExportOptions, ValidateOptions
 from gptopt.errors import CheckFailed, UserError
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quality import HeldOut
 from gptopt.export.targets import PORTABLE
 from gptopt.export.texts import split
@@ -37,7 +37,7 @@ def ids():
 @pytest.fixture(scope="module")
 def path(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("quality") / "model.onnx"
-    save(build_graph(model, model.config, Build(PORTABLE)), path, external=False)
+    save(build_graph(model, model.config, build_of(model, PORTABLE)), path, external=False)
     return path
 
 

@@ -7,13 +7,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.errors import UserError
 from gptopt.export.cache import quantize_cache
 from gptopt.export.calibration import Calibration
 from gptopt.export.notes import Notes
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quantize import matrix, products, quantize_graph
 from gptopt.export.targets import GROWING, ORT_CPU, PORTABLE
 from gptopt.export.write import save
@@ -44,19 +44,19 @@ MASK[1, :6] = 0
 @pytest.fixture(scope="module")
 def tied():
     model = random_gpt(tie_head=True)
-    return model, build_graph(model, model.config, Build(PORTABLE))
+    return model, build_graph(model, model.config, build_of(model, PORTABLE))
 
 
 @pytest.fixture(scope="module")
 def llama():
     model = random_gpt(**LLAMA)
-    return model, build_graph(model, model.config, Build(PORTABLE))
+    return model, build_graph(model, model.config, build_of(model, PORTABLE))
 
 
 @pytest.fixture(scope="module")
 def standard(llama):
     model, _ = llama
-    return build_graph(model, model.config, Build(GROWING))
+    return build_graph(model, model.config, build_of(model, GROWING))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +197,7 @@ def test_a_tied_head_and_its_embedding_are_one_piece_of_the_file(tied, ids, tmp_
 def test_a_width_that_no_block_divides_is_stored_twice_and_noted(ids, tmp_path):
     model = random_gpt(tie_head=True, n_embd=40, n_head=5)
     notes = Notes()
-    graph = build_graph(model, model.config, Build(PORTABLE))
+    graph = build_graph(model, model.config, build_of(model, PORTABLE))
     found = quantize_graph(graph, PRECISIONS["q8"], notes)
     assert {"wte.weight", "wte.weight.codes"} <= set(found.graph.initializers)
     assert any("twice" in note.what and note.where == "wte.weight" for note in notes.entries)
@@ -297,7 +297,7 @@ def test_positions_are_computed_in_float32_and_logits_leave_in_it(standard):
 @pytest.mark.parametrize("target", [PORTABLE, GROWING], ids=["portable", "growing"])
 def test_a_row_of_padding_only_stays_finite_in_float16(target, ids, tmp_path):
     model = random_gpt(position="alibi")
-    graph = build_graph(model, model.config, Build(target))
+    graph = build_graph(model, model.config, build_of(model, target))
     half = quantize_graph(graph, PRECISIONS["fp16"], Notes())
     wanted = logits(graph, ids, tmp_path)
     assert distance(logits(half, ids, tmp_path), wanted) < 0.02
@@ -316,7 +316,7 @@ def test_a_weight_beyond_float16_is_clipped_and_noted(standard, tmp_path):
 def fast(llama):
     model, _ = llama
     text = np.random.default_rng(5).integers(0, 2048, 2048).tolist()
-    return build_graph(model, model.config, Build(ORT_CPU)), Calibration(model, text)
+    return build_graph(model, model.config, build_of(model, ORT_CPU)), Calibration(model, text)
 
 
 @pytest.mark.parametrize("per", ["tensor", "channel"])

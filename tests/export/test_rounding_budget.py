@@ -3,10 +3,10 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 
 from gptopt.export.notes import Notes
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.quantize import quantize_graph
 from gptopt.export.reference import Reference
 from gptopt.export.stream import Claim
@@ -29,7 +29,7 @@ MODELS = [
 
 def made(options, seed, precision, folder):
     model = random_gpt(seed, **options)
-    build = Build(PORTABLE)
+    build = build_of(model, PORTABLE)
     graph = quantize_graph(build_graph(model, model.config, build), PRECISIONS[precision], Notes())
     path = folder / "model.onnx"
     save(graph, path, external=False)

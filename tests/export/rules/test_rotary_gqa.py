@@ -3,12 +3,12 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
-from random_models import random_gpt
+from random_models import build_of, random_gpt
 from rule_graphs import B, Graph, T, assert_close, rewrite
 
 from gptopt.export import prove
 from gptopt.export.bisect import locate
-from gptopt.export.pipeline import Build, build_graph
+from gptopt.export.pipeline import build_graph
 from gptopt.export.rules.rotary_gqa import BLOCK_SIZE, RULE
 from gptopt.export.targets import ORT_CPU, PORTABLE
 
@@ -144,5 +144,5 @@ def test_a_table_off_by_one_is_caught_and_located(export, tmp_path):
 
 def test_padding_in_the_cache_keeps_the_rotation_outside():
     model = random_gpt(**LLAMA, n_layer=1)
-    graph = build_graph(model, model.config, Build(PORTABLE))
+    graph = build_graph(model, model.config, build_of(model, PORTABLE))
     assert [node.op_type for node in graph.graph].count("RotaryEmbedding") == 2

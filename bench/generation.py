@@ -183,7 +183,7 @@ def _model(chosen: Setting, kernels: str) -> GPT:
     A random GPT-2 with a tied head says its own input again, whatever its blocks do.
     """
     torch.manual_seed(3)
-    model = GPT(chosen.model, kernels=kernels)  # type: ignore[arg-type]
+    model = GPT(chosen.model, kernels=kernels)  # type: ignore[arg-type]  # a contender's name
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("blocks.") and parameter.ndim == 2:

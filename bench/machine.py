@@ -55,7 +55,7 @@ def gpu(index: int) -> dict[str, Any]:
         "multiprocessors": found.multi_processor_count,
         "l2_bytes": getattr(found, "L2_cache_size", None),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
         **_gpu_state(index),
     }
 

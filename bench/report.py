@@ -167,7 +167,7 @@ def _operator(rows: list[Row]) -> Fragments:
             p for p in ("forward", "backward", "full") if any(r["phase"] == p for r in measured)
         ]
         columns: list[tuple[str, Callable[[Row], bool]]] = [
-            (_phase_title(phase), lambda row, phase=phase: row["phase"] == phase)  # type: ignore[misc]
+            (_phase_title(phase), lambda row, phase=phase: row["phase"] == phase)  # type: ignore[misc]  # bound
             for phase in phases
         ]
         drawn = charts.bars(
@@ -232,7 +232,7 @@ def _generation(rows: list[Row]) -> Fragments:
     measured = [row for row in rows if "tokens_per_s" in row]
     if measured:
         columns: list[tuple[str, Callable[[Row], bool]]] = [
-            (f"batch {batch}", lambda row, batch=batch: row["batch"] == batch)  # type: ignore[misc]
+            (f"batch {batch}", lambda row, batch=batch: row["batch"] == batch)  # type: ignore[misc]  # bound
             for batch in sorted({row["batch"] for row in measured})
         ]
         drawn = charts.bars(

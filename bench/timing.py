@@ -189,7 +189,7 @@ class CudaClock:
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)
 
 
 def balanced_orders(count: int) -> list[list[int]]:

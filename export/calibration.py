@@ -204,7 +204,7 @@ class _Sums:
         return {name: total.div_(self._rows[name]) for name, total in self._products.items()}
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Watch(TorchDispatchMode):
     """Sees every matrix product, and reports those with a known weight."""
 
     def __init__(self, places: dict[tuple[int, int], str], sums: _Sums) -> None:

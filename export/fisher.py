@@ -58,7 +58,7 @@ class Fisher:
                     break  # its table is not looked up by torch's embedding: nothing is known
                 chances = told.detach().exp()
                 drawn = torch.multinomial(chances, 1, generator=generator)
-                told.gather(1, drawn).sum().backward()  # type: ignore[no-untyped-call]
+                told.gather(1, drawn).sum().backward()
                 self.doubt += float((1 - chances.square().sum(-1)).sum())
                 tokens += len(told)
         for sums in (self.outputs, self.lookups):

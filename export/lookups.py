@@ -118,6 +118,6 @@ class _Unfolding:
         return self._add("Constant", value=ir.tensor(array))
 
     def _add(self, kind: str, *inputs: ir.Value | None, **attributes: object) -> ir.Value:
-        node = ir.node(kind, inputs, attributes)  # type: ignore[arg-type]
+        node = ir.node(kind, inputs, attributes)  # type: ignore[arg-type]  # checked by ONNX
         self._model.graph.insert_before(self._node, node)
         return node.outputs[0]

@@ -145,7 +145,7 @@ def share_subexpressions(model: ir.Model) -> None:
 def strip(model: ir.Model) -> None:
     """Remove what nobody reads, and what the tracer noted for itself, such as source lines."""
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
     outputs = (value for node in model.graph for value in node.outputs)

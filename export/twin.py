@@ -194,7 +194,7 @@ def _with_weights(model: nn.Module, held: Held) -> nn.Module:
     return model
 
 
-class Rounding(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Rounding(TorchDispatchMode):
     """Runs a model with inputs of products rounded as the file's kernels round them.
 
     Look-ups in a table that products know in another form read what the file's look-ups read.

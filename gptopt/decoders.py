@@ -153,7 +153,7 @@ class _Step:
         current = torch.cuda.current_stream(device)
         try:
             with torch.cuda.device(device):
-                stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                stream = torch.cuda.Stream()
                 stream.wait_stream(current)
                 with torch.cuda.stream(stream):
                     for _ in range(_WARM_UPS):

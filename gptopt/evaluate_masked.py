@@ -109,7 +109,7 @@ def torch_guesser(model: "nn.Module") -> Guesser:
             with torch.no_grad():
                 logits = model(torch.from_numpy(ids).to(device)).logits  # (B, T, V)
                 places = torch.from_numpy(chosen).to(device)
-                return logits[places].float().cpu().numpy()  # type: ignore[no-any-return]
+                return logits[places].float().cpu().numpy()  # type: ignore[no-any-return]  # numpy of torch
         finally:
             model.train(training)
 

@@ -140,7 +140,7 @@ def _guess(
     def forward(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         with _inference(model):
             logits = model(torch.from_numpy(ids).to(next(model.parameters()).device)).logits
-            return logits.float().cpu().numpy()  # type: ignore[no-any-return]
+            return logits.float().cpu().numpy()  # type: ignore[no-any-return]  # numpy of torch
 
     results = guess_masks(forward, tokenizer, options.prompt, model.config.block_size)
     return show_guesses(results, where, json_output=options.json_output)
@@ -154,7 +154,7 @@ def labeller(model: Classifier) -> Forward:
         with _inference(model):
             given, real = (torch.from_numpy(part).to(device) for part in (ids, mask))
             logits = model(given, attention_mask=real).logits
-        return logits.float().cpu().numpy()  # type: ignore[no-any-return]
+        return logits.float().cpu().numpy()  # type: ignore[no-any-return]  # numpy of torch
 
     return forward
 

@@ -27,7 +27,7 @@ def configure(*, quiet: bool = False, debug: bool = False) -> None:
     logger.propagate = False
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]
+class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # generic in stubs alone
     def emit(self, record: logging.LogRecord) -> None:
         """Show a record on a line of its own, above the live one."""
         for shown in _LIVE:

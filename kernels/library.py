@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 # One handle for the whole package: the registrations live as long as it does.
-LIBRARY: Any = torch.library.Library("gptopt", "FRAGMENT")  # type: ignore[no-untyped-call]
+LIBRARY: Any = torch.library.Library("gptopt", "FRAGMENT")
 
 # Why a Triton body cannot run on an operator's arguments, or None: by the operator's name.
 Supports = Callable[..., str | None]

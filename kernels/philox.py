@@ -45,7 +45,7 @@ def first_word(counter: Words, key: Key) -> Tensor:
     """The first word of `philox`, at a third of its time: it works in place where it can."""
     keys = _round_keys(key)
     words = _round(_round(counter, keys[0]), keys[1])  # small until the words mix
-    mixed: tuple[Tensor, ...] = torch.broadcast_tensors(*words)  # type: ignore[no-untyped-call]
+    mixed: tuple[Tensor, ...] = torch.broadcast_tensors(*words)
     c0, c1, c2, c3 = (word.contiguous() for word in mixed)
     high = torch.empty_like(c0)
     for k0, k1 in keys[2:]:

@@ -149,7 +149,7 @@ def _unsupported(operator: str, arguments: tuple[Any, ...]) -> str | None:
 
 # torch.compile takes the answers of these as constants and does not look inside.
 for _constant in (_obstacle, _unproven):
-    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    _constant._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's mark
 
 
 def _tell(operator: str, device: torch.device) -> None:

@@ -125,7 +125,7 @@ def recall(arch: str) -> dict[Key, Config]:
     """What was kept for this machine, if its architecture is `arch` and its GPU is in use."""
     if arch == "interpreter":
         device = torch.device("cpu")
-    elif torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    elif torch.cuda.is_initialized():
         device = torch.device("cuda", torch.cuda.current_device())
     else:
         return {}  # compiled ahead of time, for a chip that may be elsewhere

@@ -59,7 +59,7 @@ class Peer:
 
         from transformers import LogitsProcessor
 
-        class Watch(LogitsProcessor):  # type: ignore[misc]
+        class Watch(LogitsProcessor):  # type: ignore[misc]  # untyped base
             """The same for a batch, which streamers refuse: called once a step, before the last."""
 
             def __call__(self, seen: Any, scores: Any) -> Any:

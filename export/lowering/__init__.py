@@ -161,7 +161,7 @@ def _ready(program: ExportedProgram, translations: Table) -> ExportedProgram:
     tensors = (*program.state_dict.values(), *program.constants.values())
     # torch.onnx writes types into what it gets, and targets share programs. Weights stay shared.
     ready = copy.deepcopy(program, {id(tensor): tensor for tensor in tensors})
-    ready.run_decompositions = lambda *_: ready  # type: ignore[method-assign]
+    ready.run_decompositions = lambda *_: ready
     return ready
 
 

@@ -115,7 +115,7 @@ class Attention(nn.Module):
         """x (B, T, C) -> the branch (B, T, C), and the keys and values of all S tokens."""
         B, T, _ = x.shape
         qkv = adapted(self.qkv, self.qkv_lora, x, shared.lora_seed)
-        q, k, v = qkv.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
+        q, k, v = qkv.split(self.widths, dim=-1)
         q = q.view(B, T, self.n_head, self.head_dim)
         k = k.view(B, T, self.n_kv_head, self.head_dim)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, K, T, D)

@@ -106,4 +106,4 @@ def as_classifier(trunk: GPT, config: ClassifierConfig) -> Classifier:
 def model_of(config: ModelConfig, *, kernels: Impl = "auto") -> GPT:
     """The model that a configuration describes, with fresh weights."""
     kind = Classifier if isinstance(config, ClassifierConfig) else GPT
-    return kind(config, kernels=kernels)  # type: ignore[arg-type]
+    return kind(config, kernels=kernels)  # type: ignore[arg-type]  # its own kind

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]
+from torch.distributed import PrefixStore, Store, rendezvous  # type: ignore[attr-defined]  # not in stubs
 
 from gptopt.config import LoopOptions
 from gptopt.errors import CheckFailed, Interrupted, UserError, first_line
@@ -132,7 +132,7 @@ class World:
             met = UserError(answer["error"])
             met.exit_code = answer["exit_code"]
             raise met
-        return answer["value"]  # type: ignore[no-any-return]
+        return answer["value"]  # type: ignore[no-any-return]  # sent as JSON
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of a tensor over the ranks, on its device and with no wait for it."""

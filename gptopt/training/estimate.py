@@ -154,7 +154,7 @@ def _footprint(
                 with precision(device, dtype):
                     loss = objective.loss(model, inputs, seed=seed, **objective.keywords())
                 activations = meter.held - before
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 del loss
             gradients = [p.grad for p in trained if p.grad is not None]
             clip_grads_with_norm_(trained, 1.0, gradient_norm(trained))

@@ -64,7 +64,7 @@ class StepGraph:
 
 def _apart(work: Callable[[], Tensor]) -> Tensor:
     """Do it on a stream of its own, as a recording does."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), warnings.catch_warnings():
         # Its optimiser can be recorded, and is not yet.

@@ -115,10 +115,7 @@ def _timed_matmul(left: torch.Tensor) -> float:
         started = time.perf_counter()
         torch.mm(left, left)
         return time.perf_counter() - started
-    before, after = (
-        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        for _ in range(2)
-    )
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before.record()
     torch.mm(left, left)
     after.record()

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Meter(TorchDispatchMode):
     """Counts the bytes of every storage that is made inside, for as long as it lives.
 
     An allocator rounds sizes up, and keeps what it was given back: a process takes some more.

@@ -57,12 +57,12 @@ class Muon(torch.optim.Optimizer):
         self._step_supports_amp_scaling = getattr(rest, "_step_supports_amp_scaling", True)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]  # no closure
         """Take a step, or none where `found_inf` is 1."""
         assert closure is None
         found_inf: Tensor | None = getattr(self, "found_inf", None)
         if self._rest is not None:
-            self._rest.found_inf = found_inf  # type: ignore[attr-defined]
+            self._rest.found_inf = found_inf  # type: ignore[attr-defined]  # GradScaler's
             self._rest.step()
         group = self.param_groups[0]
         for matrix in group["params"]:
@@ -86,7 +86,7 @@ class Muon(torch.optim.Optimizer):
             rate = rate * (1 - found_inf)
         momentum.lerp_(gradient, 1 - keep)
         ahead = gathered(gradient.lerp(momentum, keep), matrix)  # Nesterov's
-        rows = self._rows[matrix]  # type: ignore[index]
+        rows = self._rows[matrix]  # type: ignore[index]  # by identity
         parts = torch.split(ahead, rows)
         update = torch.cat([_sized(orthogonal(part)) for part in parts])
         weight = part_of(matrix)

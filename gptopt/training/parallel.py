@@ -71,9 +71,9 @@ def replicate(model: GPT, world: World) -> nn.Module:
 def reducing(module: nn.Module, now: bool) -> contextlib.AbstractContextManager[Any]:
     """Around one micro-batch: gradients cross the ranks with the last one of a step only."""
     if hasattr(module, "no_sync"):
-        return contextlib.nullcontext() if now else module.no_sync()  # type: ignore[operator]
+        return contextlib.nullcontext() if now else module.no_sync()  # type: ignore[operator]  # DDP's
     if hasattr(module, "set_requires_gradient_sync"):
-        module.set_requires_gradient_sync(now)  # type: ignore[operator]
+        module.set_requires_gradient_sync(now)  # type: ignore[operator]  # FSDP's
     return contextlib.nullcontext()
 
 
@@ -83,7 +83,7 @@ def gather_no_more(model: nn.Module) -> None:
     While they are gathered, the model's parameters are not those that the optimiser knows.
     """
     if hasattr(model, "reshard"):
-        model.reshard()  # type: ignore[operator]
+        model.reshard()  # type: ignore[operator]  # FSDP's
 
 
 def checkpoint_activations(model: GPT) -> None:

@@ -172,7 +172,7 @@ def _capture_random() -> tuple[dict[str, Any], dict[str, Tensor]]:
         },
     }
     tensors = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
         for index, state in enumerate(torch.cuda.get_rng_state_all()):
             tensors[f"cuda.{index}"] = state
     return numbers, tensors

@@ -148,7 +148,7 @@ class Stepper:
             share = loss * part
             # Gradients are averaged over the ranks, where their sum is wanted.
             total = share * session.world.size
-            (session.scaler.scale(total) if session.scaler else total).backward()  # type: ignore[no-untyped-call]
+            (session.scaler.scale(total) if session.scaler else total).backward()
         return share.detach()
 
     def _update(self, loss: Tensor) -> Tensor:
@@ -167,8 +167,8 @@ class Stepper:
             scaler.update()
         elif self.session.device.type in FUSED_DEVICES:
             # The protocol by which GradScaler, too, tells an optimiser to skip on the device.
-            optimiser.grad_scale = None  # type: ignore[attr-defined]
-            optimiser.found_inf = (~torch.isfinite(loss + norm)).float()  # type: ignore[attr-defined]
+            optimiser.grad_scale = None  # type: ignore[attr-defined]  # GradScaler's
+            optimiser.found_inf = (~torch.isfinite(loss + norm)).float()  # type: ignore[attr-defined]  # same
             optimiser.step()
         elif math.isfinite(float(loss + norm)):
             optimiser.step()

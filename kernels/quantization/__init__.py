@@ -160,7 +160,7 @@ def _independent(
     """
     padded = weight.shape[1]
     parts = []
-    for rows in weight.split(max(1, _TOGETHER // padded)):  # type: ignore[no-untyped-call]
+    for rows in weight.split(max(1, _TOGETHER // padded)):
         n, blocks = len(rows), rows.reshape(-1, block)
         if method == "nearest":
             found = nearest(blocks, bits=bits, symmetric=symmetric)

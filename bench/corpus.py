@@ -7,10 +7,12 @@ the language documentation of pydoc, every twentieth file held out.
 """
 
 import argparse
+import sys
 import sysconfig
 from pathlib import Path
 from pydoc_data.topics import topics
 
+from gptopt.cli import in_one_line
 from gptopt.log import say
 
 HELD_OUT_EVERY = 20
@@ -53,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from gptopt.errors import CheckFailed
+
 _STAGES = ((512, 1), (32, 128), (896, 128))  # tokens read, tokens made
 
 
@@ -33,10 +35,18 @@ def profile_memory(folder: Path, precision: str, threads: int = 0) -> dict[str, 
     Returns:
         stages: of each {stage, private_mib, files_mib, peak_mib (of the process until then)};
         weights_mib, cache_mib (of a full context): what the model itself needs.
+
+    Raises:
+        CheckFailed: its process ended early.
     """
     command = [sys.executable, "-P", "-m", "gptopt.bench.edge_memory", str(folder.absolute())]
     command += ["--precision", precision, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().rpartition("\n")[2] or "nothing was said"
+        raise CheckFailed(
+            f"{folder}: the process that profiles it ended with {done.returncode}: {said}"
+        )
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 
@@ -79,4 +89,6 @@ def _stage(name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    from gptopt.cli import in_one_line
+
+    sys.exit(in_one_line(main))

@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -28,6 +29,7 @@ import onnx_ir as ir
 from gptopt.bench.machine import write
 from gptopt.bench.peers import bandwidth
 from gptopt.bench.product_rate import product_rate
+from gptopt.cli import in_one_line
 from gptopt.runtime.edge import EdgeModel
 from gptopt.runtime.folder import model_file
 
@@ -277,4 +279,4 @@ def _by_operator(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

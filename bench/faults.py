@@ -11,6 +11,7 @@ and the named one.
 import argparse
 import json
 import logging
+import sys
 import tempfile
 import time
 from collections.abc import Collection, Iterator
@@ -22,6 +23,7 @@ import onnx_ir as ir
 import torch
 
 from gptopt.bench.fault_kinds import IN_WEIGHTS, KINDS, readers_of_weights
+from gptopt.cli import in_one_line
 from gptopt.config import ModelConfig
 from gptopt.export.bisect import Bisection, Departure
 from gptopt.export.cache import quantize_cache
@@ -194,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

@@ -10,6 +10,7 @@ what it cannot do without at the rate measured in the same minute. Memory is tol
 import argparse
 import json
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from gptopt.bench.edge_memory import profile_memory
 from gptopt.bench.edge_profile import profile, profile_prompt
 from gptopt.bench.inference_goals import reached
 from gptopt.bench.inference_report import summarise, write_chart, write_table
+from gptopt.cli import in_one_line
 from gptopt.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,8 @@ def main() -> None:
     parser.add_argument("--edge", type=Path, action="append", default=[], help="exported folder")
     given = parser.parse_args()
     path = given.results / "inference.jsonl"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; measure first: gptopt bench inference")
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if row.get("kind") != "profile"]
     rows += profiles(rows, {folder.name: folder for folder in given.edge})
@@ -79,4 +83,4 @@ def _profiled(folder: Path, precision: str, workload: str, threads: int) -> Row 
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

@@ -8,12 +8,14 @@ float32: `increase` is what a file's perplexity is above it, rounding and all.
 """
 
 import argparse
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from gptopt.bench import machine
 from gptopt.checkpoint import load_model
+from gptopt.cli import in_one_line
 from gptopt.config import TrainOptions
 from gptopt.export.calibration import Calibration
 from gptopt.export.package import Plan, export_model
@@ -100,4 +102,4 @@ def _row(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

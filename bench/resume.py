@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gptopt.bench.machine import stamp
+from gptopt.cli import in_one_line
 from gptopt.log import say
 from gptopt.manifest import read_json, write_json, write_text
 from gptopt.training.checkpoints import Checkpoints
@@ -246,4 +247,4 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_one_line(main))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gptopt.bench.machine import write
+from gptopt.cli import in_one_line
 
 STEPS = 2000
 TRAIN_FLAGS = [
@@ -154,4 +155,4 @@ def _step_ms(text: Path, peer: Path | None, scratch: Path, rounds: int) -> dict[
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

@@ -252,4 +252,4 @@ def _shown(row: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli.in_one_line(main))

@@ -24,6 +24,7 @@ from typing import Any
 
 from gptopt.bench import machine
 from gptopt.bench.corpus import library_texts
+from gptopt.cli import in_one_line
 from gptopt.log import say
 
 SIZES = (2_000_000_000, 200_000_000, 20_000_000)
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(in_one_line(main))

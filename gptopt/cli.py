@@ -16,7 +16,7 @@ import os
 import sys
 import tomllib
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Any, NoReturn
@@ -39,8 +39,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     log.configure(quiet="--quiet" in arguments or not _speaks(), debug=debug)
+    return in_one_line(lambda: _dispatch(arguments), debug=debug)
+
+
+def in_one_line(program: Callable[[], int | None], *, debug: bool = False) -> int:
+    """Run a program; what ends it early is one line on stderr.
+
+    Args:
+        program: returns its exit code, or None for 0.
+        debug: let the error through, with its traceback.
+
+    Returns:
+        The exit code, see above.
+    """
     try:
-        return _dispatch(arguments)
+        return program() or 0
     except UserError as error:
         if debug:
             raise

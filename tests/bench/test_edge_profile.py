@@ -1,6 +1,12 @@
 """The profile of a token or a prompt: operators, how many nodes, shares of their sum."""
 
+import pytest
+
+from gptopt.bench import inference_profile
+from gptopt.bench.edge_memory import profile_memory
 from gptopt.bench.edge_profile import _by_operator
+from gptopt.cli import in_one_line
+from gptopt.errors import CheckFailed
 
 
 def node(name, op, at, us, width=None, rows=1):
@@ -43,3 +49,17 @@ def test_parts_of_a_prompt_are_one_reading():
         events += [run_at(1000 * run), node("a", "MatMul", 1000 * run + 1, us, 8, rows)]
     found = _by_operator(events, 4, 2, lambda op, name, rows: 3 * rows, "ops")
     assert rows_of(found, "ops") == [("MatMul", 8, 1, (11 + 35) / 2, 3 * 6)]
+
+
+def test_a_process_that_ends_early_is_one_line_of_its_own_words(tmp_path):
+    with pytest.raises(
+        CheckFailed, match="ended with 2: gptopt: error: .*no such folder"
+    ) as caught:
+        profile_memory(tmp_path / "missing", "q4")
+    assert "\n" not in str(caught.value)
+
+
+def test_results_that_are_not_there_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["inference_profile", str(tmp_path)])
+    assert in_one_line(inference_profile.main) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -52,9 +52,7 @@ def test_parts_of_a_prompt_are_one_reading():
 
 
 def test_a_process_that_ends_early_is_one_line_of_its_own_words(tmp_path):
-    with pytest.raises(
-        CheckFailed, match="ended with 2: gptopt: error: .*no such folder"
-    ) as caught:
+    with pytest.raises(CheckFailed, match=r"with 2: gptopt: error: .*no such folder") as caught:
         profile_memory(tmp_path / "missing", "q4")
     assert "\n" not in str(caught.value)
 

@@ -50,6 +50,7 @@ from gptopt.export.write import save, wants_data_file
 from gptopt.manifest import staged_folder, write_json, write_manifest, write_text
 from gptopt.precisions import PRECISIONS, Allowed, BlockFormat, Precision, allowed_of
 from gptopt.runtime.client_files import check_client_files
+from gptopt.runtime.folder import KIND, check_names
 from gptopt.runtime.graph import check_graph
 
 if TYPE_CHECKING:
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KIND = "edge"
 GRAPH = "onnx/model.onnx"
 REPORT = "report.json"
 FAILED_REPORT = "failed-report.json"  # EDGE_DIR.failed-report.json, beside the folder
@@ -168,6 +168,7 @@ def export_model(
         card = model_card(config, report, tokenizer=tokenizer is not None)
         write_text(staging / "README.md", card)
         check_client_files(staging, config)
+        check_names(staging)  # whoever opens the folder asks the same
         write_manifest(staging, KIND)
     failed_report(folder).unlink(missing_ok=True)  # of an earlier attempt
     return report

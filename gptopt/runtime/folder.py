@@ -38,7 +38,8 @@ _LIMITS: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx"), 2**31),  # protobuf ends at 2 GiB
     (re.compile(r"onnx/model[A-Za-z0-9_]{0,32}\.onnx_data"), 2**38),
     (re.compile(r"onnx/[A-Za-z0-9][A-Za-z0-9_-]{0,63}\.onnx_adapter"), 2**31),
-    # Programs for people to read; nothing here opens them but to hash their bytes.
+    # Pictures and programs for people; nothing here opens them but to hash their bytes.
+    (re.compile(r"front_[A-Za-z0-9-]{1,32}\.svg"), _MIB),
     (re.compile(r"samples/(run\.(py|mjs|cpp)|index\.html|Generate\.(kt|swift))"), _MIB),
     # For phones, which have their own runtime.
     (re.compile(r"mobile/model[A-Za-z0-9_]{0,32}\.ort"), 2**31),

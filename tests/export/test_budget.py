@@ -11,6 +11,7 @@ import torch
 from random_models import build_of, random_gpt
 
 from gptopt.checkpoint import save_model
+from gptopt.config import SamplingOptions
 from gptopt.config_export import ExportOptions
 from gptopt.errors import UserError
 from gptopt.export.budget import Budget, parse_budget
@@ -22,6 +23,7 @@ from gptopt.export.targets import PORTABLE
 from gptopt.export.verbs import export
 from gptopt.kernels.quantization import dequantize, quantize
 from gptopt.precisions import Allowed
+from gptopt.runtime import EdgeModel
 from gptopt.tokenizer import Tokenizer
 
 
@@ -220,6 +222,8 @@ def test_an_export_keeps_to_its_budget(root, monkeypatch):
     picture = ElementTree.parse(root / "edge" / "front_q4.svg").getroot()
     assert len(picture.findall("{*}polyline")) == 1
     assert len(picture.findall("{*}circle")) == len(told["measured"]) + 1
+    edge = EdgeModel(root / "edge", precision="q4", threads=1)
+    assert len(edge.generate([[1, 2, 3]], SamplingOptions(max_new_tokens=4), end_ids=())[0]) == 4
 
 
 @pytest.mark.parametrize(

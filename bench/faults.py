@@ -185,7 +185,7 @@ def main() -> None:
     """Write the table."""
     parser = argparse.ArgumentParser(prog="python -m gptopt.bench.faults", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("bench/results/bisect.json"))
-    parser.add_argument("--every", type=int, default=1, help="take only every so manieth fault")
+    parser.add_argument("--every", type=int, default=1, help="of so many faults take one")
     options = parser.parse_args()
     table = run(options.every)
     rows = ",\n  ".join(json.dumps(row) for row in table.pop("rows"))

@@ -45,7 +45,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
     """Export a model, and show the proof.
 
     Returns:
-        The report (see README, "report.json") and `out`, the folder; of several targets `out` and
+        The report (see README, "JSON output") and `out`, the folder; of several targets `out` and
         under `targets` the report of each.
 
     Raises:

@@ -1,7 +1,8 @@
 """Every option a user can set, with its range and its meaning: flags, TOML keys and defaults alike.
 
-Imports no torch, so that `--help` is instant. Sizes follow DESIGN's alphabet: C = n_embd channels,
-H = n_head query heads, K = n_kv_head key/value heads, D = head_dim, F = n_inner, V = vocab_size.
+Imports no torch, so that `--help` is instant. Sizes have the letters of CONTRIBUTING: C = n_embd
+channels, H = n_head query heads, K = n_kv_head key/value heads, D = head_dim, F = n_inner, V =
+vocab_size.
 """
 
 from typing import Annotated, Literal, Self
@@ -263,7 +264,7 @@ class LoopOptions(Options):
 
 
 class TrainOptions(LoopOptions):
-    """Train a GPT. Every default is printed and saved in the run folder."""
+    """Train a GPT. What was set is printed, and all of it is saved in the run folder."""
 
     inputs: list[str] = Field(description="a data folder, or text, jsonl or parquet")
     preset: str | None = Field(None, description="named shape to start from")

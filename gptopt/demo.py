@@ -31,7 +31,7 @@ def demo(options: DemoOptions) -> dict[str, Any]:
     """Run the whole road and show one table.
 
     Returns:
-        The table's figures (see README, "What the demo prints"), `commands` and `seconds`.
+        The table's figures (see README, "JSON output"), `commands` and `seconds`.
     """
     started = time.monotonic()
     out = _fresh_folder(Path(options.out), options.force)

@@ -49,7 +49,7 @@ def recorded(form, model, prompts=PROMPTS, sampling=GREEDY, context="slide"):
 
 
 def share_of_budget(found, same, exact):
-    """The largest error of a step as a share of what DESIGN section 7 allows in float32."""
+    """The largest error of a step as a share of what the one rule allows in float32."""
     shares = []
     for a, s, e in zip(found, same, exact, strict=True):
         budget = max(2 * (s - e).abs().max().item(), 2e-5 * (e.max() - e.min()).item())

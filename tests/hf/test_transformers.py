@@ -27,7 +27,7 @@ def batch(T=100):
 
 
 def check_budget(ours, theirs, exact):
-    """DESIGN section 7: at most twice the error of fp32 transformers, or 2e-5 of the range."""
+    """At most twice the error of fp32 transformers, or 2e-5 of the range."""
     budget = max(2 * (theirs.double() - exact).abs().max(), 2e-5 * (exact.max() - exact.min()))
     assert (ours.double() - exact).abs().max() <= budget
 

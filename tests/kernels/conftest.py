@@ -39,7 +39,7 @@ def path(request, monkeypatch) -> str:
 
 
 def error_budget(exact: Tensor, same_precision: Tensor) -> float:
-    """The largest error allowed: DESIGN section 7."""
+    """The largest error allowed, by the one rule of README, "The idea"."""
     plain_error = (same_precision.double() - exact).abs().max().item()
     largest = exact.abs().max().item()
     if same_precision.dtype == torch.float32:

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 STAGE = "adapters"
 
+# Files of these names cannot be made on Windows.
+_DEVICES = {"con", "prn", "aux", "nul", *(f"{p}{n}" for p in ("com", "lpt") for n in range(10))}
 # Ways of playing a file that together reach every adapted product, at prefill and at decode.
 _CASES = ("prefill", "decode", "left padding", "right padding", "greedy")
 _PRODUCTS = ("MatMul", "MatMulNBits", "DynamicQuantizeMatMul")
@@ -66,10 +68,11 @@ def name_adapter(name: str, adapter: Adapter, model: GPT) -> NamedAdapter:
     Raises:
         UserError: it does not belong to the model, or the name is none.
     """
-    if not NAME.fullmatch(name) or name.endswith("_fp16") or name.startswith("model"):
+    taken = name.endswith("_fp16") or name.startswith("model") or name.lower() in _DEVICES
+    if taken or not NAME.fullmatch(name):
         raise UserError(
             f"--adapter {name}: is no name for one; take up to 48 letters, digits, - and _, not "
-            f"beginning with 'model' nor ending in '_fp16'"
+            f"beginning with 'model' nor ending in '_fp16', and no device of Windows"
         )
     if adapter.score is not None:
         raise UserError(
@@ -259,10 +262,10 @@ def adapters_of(text: str | None, model: GPT) -> list[NamedAdapter]:
         name, equals, place = (each.strip() for each in part.partition("="))
         if not part.strip():
             continue
-        if not equals or not place or name in found:
+        if not equals or not place or name.lower() in {each.lower() for each in found}:
             raise UserError(
-                f"--adapter {part.strip()}: expected NAME=FOLDER, comma-separated, each name once; "
-                f"to export an adapter merged into its base give it as the model"
+                f"--adapter {part.strip()}: expected NAME=FOLDER, comma-separated, each name once, "
+                f"whatever its capitals; to export one merged into its base give it as the model"
             )
         folder = resolve_model(place)
         if not is_adapter(folder):

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -32,9 +33,11 @@ from gptopt.export.twin import (
     exact_model,
     held_by,
     same_model,
+    save_scratch,
     write_strict_twin,
 )
 from gptopt.export.weights import strange_scales, strange_weights
+from gptopt.runtime.session import WEIGHTS
 from gptopt.runtime.variants import EdgeFile
 
 logger = logging.getLogger(__name__)
@@ -120,7 +123,7 @@ class Bisection:
         """The first operator of an ONNX file that departs from the model; None where none does.
 
         Args:
-            path: the ONNX file; a copy of its graph lies beside it meanwhile.
+            path: the ONNX file.
             file: what is known of the file; none: a growing cache, padding anywhere.
         """
         file, held = file or EdgeFile(), held_by(path)
@@ -132,20 +135,18 @@ class Bisection:
             if (reader := reader_of(odd.value)) is not None
         ]
         strict, held = not held.exact, held.strict()
-        twin = path.with_name("model_bisected.onnx")
-        try:
+        with TemporaryDirectory(prefix="gptopt-") as scratch:
+            twin = Path(scratch, "bisected.onnx")
             if strict:
                 write_strict_twin(path, twin)
-            run = _Run(twin if strict else path, held, file)
+            run = _Run(twin if strict else path, path.parent, held, file)
             recorded = self.recorded(held, file)
             found += run.departures(twin, nodes, recorded)
-            if held.cache:
-                found += [
-                    _departure(nodes, [node], odd.name, odd.error, odd.bound, recorded[0][0].name)
-                    for node, odd in strange_scales(graph, held, recorded[0][1][1])
-                ]
-        finally:
-            twin.unlink(missing_ok=True)
+        if held.cache:
+            found += [
+                _departure(nodes, [node], odd.name, odd.error, odd.bound, recorded[0][0].name)
+                for node, odd in strange_scales(graph, held, recorded[0][1][1])
+            ]
         order = {node.name: index for index, node in enumerate(nodes)}
         return min(found, key=lambda each: order[each.node], default=None)
 
@@ -200,6 +201,7 @@ class _Run:
     """One graph beside one model."""
 
     path: Path
+    weights: Path  # the folder of its data
     held: Held
     file: EdgeFile
 
@@ -210,6 +212,7 @@ class _Run:
         import onnxruntime
 
         graph = ir.load(self.path)
+        ir.external_data.set_base_dir(graph.graph, self.weights)
         checks = _all_checks(graph)
         known = set(graph.graph.outputs)
         for check in checks:
@@ -218,9 +221,10 @@ class _Run:
                 known.add(value)
                 graph.graph.outputs.append(value)
         outputs = [value.name or "" for value in graph.graph.outputs]
-        ir.save(graph, copy)
+        save_scratch(graph, copy)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
+        options.add_session_config_entry(WEIGHTS, str(self.weights.absolute()))
         session = onnxruntime.InferenceSession(copy, options, providers=["CPUExecutionProvider"])
         types = {each.name: each.type for each in session.get_inputs()}
         found = []

@@ -130,8 +130,8 @@ def export_model(
 
     Raises:
         UserError: the folder exists, or the model cannot be exported as asked.
-        CheckFailed: a graph does not say what the model says, or too little of it; no folder is
-            written, the report lies beside it (see `failed_report`).
+        CheckFailed: a graph does not say what the model says, or too little of it (the report then
+            lies beside, see `failed_report`), or cannot run where it should; no folder is written.
     """
     plan, common = plan or Plan(), common or Common()
     config = _config_of(model, tokenizer)

@@ -128,7 +128,8 @@ class HeldOut:
             CheckFailed: onnxruntime refuses the file, or it does not keep the contract.
         """
         graph = Growing(open_graph(path, self._config, file))
-        cut = _WINDOW // 2 if self._config.causal else _WINDOW
+        window = self._windows[0].shape[1]
+        cut = max(1, window // 2) if self._config.causal else window
 
         def run(ids: Ints) -> Tensor:
             past: list[Any] = []

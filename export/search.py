@@ -245,26 +245,32 @@ def _largest(
 ) -> None:
     """The last mix that is small, or fast, enough.
 
-    What a file holds beside these weights is the same in all; the time of a token goes with the
-    bytes that it reads, at the rate of the first mix that was timed.
+    Each mix tells where to look next, for what a file holds beside these weights is nearly the same
+    in all, and the time of a token goes with the bytes that it reads; only a measured mix is taken.
     """
+    is_bytes = budget.kind == "bytes"
+
+    def keeps(each: Measured) -> bool:
+        value = each.value(budget.kind)
+        return value <= budget.limit if is_bytes else value >= budget.limit
 
     def last_within(room: float) -> int:
-        return max((i for i, mix in enumerate(front) if mix.bytes <= room), default=-1)
+        return max((i for i, mix in enumerate(front) if mix.bytes <= room), default=0)
 
-    is_bytes = budget.kind == "bytes"
-    place = max(last_within(budget.limit), 0) if is_bytes else len(front) // 2
-    rate = 0.0
+    place = last_within(budget.limit) if is_bytes else len(front) // 2
+    beyond = len(front)  # the answer, if any, lies in found.place .. beyond - 1
     for _ in range(_TRIES):
         each, size = measure(place), front[place].bytes
+        if keeps(each):
+            found.place = place
+        else:
+            beyond = place
         if is_bytes:
             wanted = last_within(budget.limit - (each.bytes - size))
         else:
-            rate = rate or size * (each.tokens_per_s or 0.0)
-            wanted = last_within(rate / budget.limit)
-        if wanted in (-1, place):
-            found.place = wanted
-            break
-        place = wanted
-    if found.place < 0 and all(each.place for each in found.measured):
-        measure(0)  # the nearest
+            wanted = last_within(size * each.value(budget.kind) / budget.limit)
+        if beyond - found.place <= 1 or wanted == found.place == place:
+            return
+        place = min(max(wanted, found.place + 1), beyond - 1)
+    if found.place < 0 and keeps(measure(0)):
+        found.place = 0

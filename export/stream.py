@@ -90,13 +90,16 @@ class Shared:
         return np.full((rows, K, self._capacity, D), np.nan if dtype.kind == "f" else 99, dtype)
 
 
-def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) -> Session:
+def open_graph(
+    path: Path, config: ModelConfig, file: EdgeFile | None = None, weights: Path | None = None
+) -> Session:
     """Load an ONNX file on the CPU, after its names were compared with the contract.
 
     Args:
         path: the ONNX file.
         config: the model's.
         file: what is known of the file; none: a growing cache, padding anywhere.
+        weights: the folder of its data, where that is not its own.
 
     Raises:
         CheckFailed: onnxruntime refuses the file, or the contract is broken.
@@ -117,7 +120,7 @@ def open_graph(path: Path, config: ModelConfig, file: EdgeFile | None = None) ->
         multi_label=False,
         eos_ids=[],
     )
-    return Session(path, sizes, "cpu", file=file)
+    return Session(path, sizes, "cpu", file=file, weights=weights)
 
 
 def _check_names(path: Path, contract: Contract) -> None:

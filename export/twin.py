@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gptopt.errors import UserError
 from gptopt.export.graphs import MICROSOFT, int_of, nodes_of
 from gptopt.export.lookups import lookups
 from gptopt.kernels.attention import reference
@@ -301,7 +302,10 @@ def _rounded_in_blocks(x: Tensor, block: int) -> Tensor:
 def write_strict_twin(path: Path, twin: Path) -> None:
     """Write a graph that computes with the same weights in float32 and rounds no input.
 
-    It lies beside the file and reads its data file.
+    It reads the data file of the original, wherever it lies itself (see `open_graph`).
+
+    Raises:
+        UserError: it cannot be written.
     """
     model = ir.load(path)
     _as_singles(model)
@@ -314,7 +318,22 @@ def write_strict_twin(path: Path, twin: Path) -> None:
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype == ir.DataType.INT8:
             value.type = ir.TensorType(ir.DataType.FLOAT)
-    ir.save(model, twin)
+    save_scratch(model, twin)
+
+
+def save_scratch(model: ir.Model, path: Path) -> None:
+    """Write a graph that is only needed while a file is proven, without its data.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        ir.save(model, path)
+    except OSError as error:
+        raise UserError(
+            f"{path.parent}: a graph for the proof cannot be written there "
+            f"({error.strerror or error}); let TMPDIR name a folder with room"
+        ) from None
 
 
 def _as_singles(model: ir.Model) -> None:

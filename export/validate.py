@@ -11,6 +11,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -182,11 +183,9 @@ def prove(
     """
     started = time.monotonic()
     held, file = held_by(path), file or EdgeFile()
-    twin = path.with_name("model_strict_twin.onnx")
-    try:
+    with TemporaryDirectory(prefix="gptopt-") as scratch:
+        twin = Path(scratch, "twin.onnx")
         proof = _play(path, twin, model, held, vocab_size, cases, file, answers, adapter)
-    finally:
-        twin.unlink(missing_ok=True)
     if file.tokens != "none" and (cases is None or "next token" in cases):
         config = cast(Exportable, model).config
         proof.next_tokens = prove_next_tokens(path, config, file, vocab_size)
@@ -204,7 +203,7 @@ def _play(
     if not held.exact:
         write_strict_twin(path, twin)
         floats = file.model_copy(update={"cache_dtype": "float32"})
-        strict = _stage(twin, model, vocab_size, floats, adapter)
+        strict = _stage(twin, model, vocab_size, floats, adapter, path.parent)
     reference = exact = Reference(model, causal=stage.causal, held=held, answers=answers)
     if held.half:
         exact = Reference(model, causal=stage.causal, held=held.strict())
@@ -239,14 +238,16 @@ def _play(
 
 
 def _stage(
-    path: Path, model: nn.Module, vocab_size: int | None, file: EdgeFile, adapter: str | None
-) -> plays.Stage:
-    """A file in a session, ready to play."""
+    path: Path, model: nn.Module, vocab_size: int | None, file: EdgeFile, adapter: str | None,
+    weights: Path | None = None,
+) -> plays.Stage:  # fmt: skip
+    """A file in a session, ready to play; its data and adapters lie in `weights`, or beside it."""
     config = cast(Exportable, model).config
     assert config.vocab_size is not None
-    session = open_graph(path, config, file)
+    session = open_graph(path, config, file, weights)
     if adapter is not None:
-        beside = path.with_name(Path(adapter_file(adapter, session.slots.dtype)).name)
+        name = Path(adapter_file(adapter, session.slots.dtype)).name
+        beside = (weights or path.parent) / name
         session.adapter = session.prepare(read_matrices(beside, session.slots))
     growing = Growing(session)
     graph: Growing | Shared = growing

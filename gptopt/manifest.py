@@ -161,7 +161,15 @@ def verify_file(folder: Path, name: str, entry: Any, *, read: bool = True) -> No
         raise CheckFailed(
             f"{path}: has {status.st_size} bytes, {MANIFEST} says {entry['bytes']}; copy it again"
         )
-    if read and sha256_of(path) != entry["sha256"]:
+    if not read:
+        return
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        raise CheckFailed(
+            f"{path}: cannot be read ({error.strerror}); let its owner allow it, or copy it again"
+        ) from None
+    if found != entry["sha256"]:
         raise CheckFailed(
             f"{path}: its sha256 differs from {MANIFEST}, the file was changed; copy it again"
         )
@@ -173,11 +181,16 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
 
     On any error the staged folder is removed and whatever stood at `target` still stands. An
     existing target is replaced only with `force`, and only after the new one is complete.
+
+    Raises:
+        UserError: it exists, cannot be written, or is the working folder.
     """
     if (target.exists() or target.is_symlink()) and not force:
         raise UserError(
             f"{target}: exists already; choose another folder, or replace it with --force"
         )
+    if target.name in ("", "..") or target.resolve() == Path.cwd():
+        raise UserError(f"{target}: the folder one stands in cannot be replaced; choose another")
     staging = target.with_name(f"{_STAGING_PREFIX}{target.name}-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

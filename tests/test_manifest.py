@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -90,6 +91,15 @@ def test_tampering_is_seen(folder, change):
         verify_manifest(folder, "thing")
 
 
+def test_a_file_that_may_not_be_read_is_named(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("gptopt.manifest.sha256_of", refuse)
+    with pytest.raises(CheckFailed, match=r"a\.txt: cannot be read \(Permission denied\)"):
+        verify_manifest(folder, "thing")
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"kind": "other", "files": {}}', "[" * 100000])
 def test_a_foreign_manifest_is_a_user_error(folder, text):
     (folder / "manifest.json").write_text(text)
@@ -117,6 +127,17 @@ def test_an_existing_folder_needs_force(folder):
         write_manifest(staged, "new")
     assert verify_manifest(folder, "new")["files"] == {}
     assert [path.name for path in folder.parent.iterdir()] == ["thing"]
+
+
+@pytest.mark.parametrize("target", [".", "..", "/", "{here}"])
+def test_the_folder_one_stands_in_is_not_replaced(target, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with (
+        pytest.raises(UserError, match="cannot be replaced; choose another"),
+        staged_folder(Path(target.format(here=folder)), force=True),
+    ):
+        pass
+    verify_manifest(folder, "thing")
 
 
 def test_a_full_disk_is_one_line_and_nothing_is_left(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gptopt.errors import UserError
 from gptopt.export.clients.limits import RIGHT_ONLY, Limit, known_limit
 from gptopt.export.clients.registry import Client, ask
 from gptopt.export.reference import Doubles, Reference
@@ -90,7 +91,7 @@ def check_clients(
         cases: names of the cases to play; none: all that a client has.
 
     Raises:
-        UserError: a client is not installed, or the folder has no tokenizer.
+        UserError: a client is not installed, the folder has no tokenizer, or it labels texts.
     """
     played = _Play(folder, model, precision, tokens)
     said = []
@@ -132,6 +133,11 @@ class _Play:
         self.folder, self.model = folder, model
         self.precision, self.file = choose(folder, precision)
         sizes = load_config(folder)
+        if sizes["labels"] is not None:
+            raise UserError(
+                f"{folder}: labels texts, and clients are asked for tokens; without --clients its "
+                f"files are proven all the same"
+            )
         self._causal = sizes["causal"]
         self._tokenizer = Tokenizer.load(folder)
         path = model_file(folder, self.file.file)

@@ -41,7 +41,12 @@ def build(source: Path, program: Path) -> Path:
     if compiler is None:
         raise UserError("onnxruntime-cpp: no C++ compiler; install one, or name it in CXX")
     packages = python_of("onnxruntime").parents[1]
-    library = next(packages.glob("lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.*"))
+    found = packages.glob("lib/python*/site-packages/onnxruntime/capi/libonnxruntime.so.*")
+    if (library := next(found, None)) is None:
+        raise UserError(
+            f"onnxruntime-cpp: no libonnxruntime.so in {packages}; this client runs on Linux "
+            f"alone, install it there: make clients"
+        )
     folder = program.parent
     folder.mkdir(parents=True, exist_ok=True)
     link = folder / _LIBRARY

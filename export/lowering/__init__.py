@@ -9,11 +9,12 @@ import contextlib
 import copy
 import logging
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import INT64
 from torch.export import ExportedProgram
 
 import gptopt
@@ -21,12 +22,12 @@ from gptopt.errors import UserError, first_line
 from gptopt.export.contract import Contract
 from gptopt.export.lowering import attention, ffn, gqa, layernorm, rotary, scatter
 from gptopt.export.lowering.constants import embed_constants
-from gptopt.export.lowering.ops import Value, op
+from gptopt.export.lowering.ops import Value, ints, op
 from gptopt.export.notes import Notes
 from gptopt.export.targets import Target
 from gptopt.export.trace import PREFIX, quiet
 
-_OLDEST = 18  # opset that torch.onnx writes; passes.downgrade goes below
+_OLDEST = 18  # opset that torch.onnx writes; opset17.downgrade goes below
 
 Table = dict[Callable[..., Any], Callable[..., Any]]
 
@@ -44,7 +45,6 @@ _WHOLE = {
     _aten.div.Tensor,
     _aten.embedding.default,
     _aten.exp2.default,
-    _aten.flatten.using_ints,
     _aten.linear.default,
     _aten.matmul.default,
     _aten.mul.Tensor,
@@ -52,7 +52,6 @@ _WHOLE = {
     _aten.permute.default,
     _aten.pow.Scalar,
     _aten.reciprocal.default,
-    _aten.reshape.default,
     _aten.select.int,
     _aten.sigmoid.default,
     _aten.sin.default,
@@ -78,6 +77,7 @@ def table(target: Target) -> Table:
         operators.ffn.default: ffn.lowering(target.operators),
         operators.layernorm.default: layernorm.lowering(target.operators),
         operators.rotary.default: rotary.lowering(target.operators),
+        _aten.reshape.default: _reshape,
         _aten.to.dtype: _to_dtype,
     }
 
@@ -135,6 +135,12 @@ def translate(program: ExportedProgram, target: Target) -> ir.Model:
     model.ir_version = target.ir_version
     model.producer_name, model.producer_version = "gptopt", gptopt.__version__
     return model
+
+
+def _reshape(x: Value, shape: Sequence[INT64]) -> Value:
+    """aten::reshape: torch.onnx would take a size of 0, an empty cache's, for "as it was"."""
+    sizes = [ints(size) if isinstance(size, int) else op.Reshape(size, ints(-1)) for size in shape]
+    return op.Reshape(x, op.Concat(*sizes, axis=0), allowzero=1)
 
 
 def _to_dtype(
@@ -199,7 +205,11 @@ def _apply_contract(model: ir.Model, contract: Contract) -> None:
         (model.graph.inputs, contract.inputs()),
         (model.graph.outputs, contract.outputs()),
     ):
-        assert len(values) == len(dims)
+        if len(values) != len(dims):
+            raise UserError(
+                f"the model has {len(values)} outputs, its config asks for {len(dims)}: "
+                f"scores, and (key, value) of every layer; return them all"
+            )
         for value, (name, wanted) in zip(values, dims.items(), strict=True):
             assert value.shape is not None
             for found, dim in zip(value.shape, wanted, strict=True):

@@ -1,6 +1,6 @@
 """The operators that lowerings write: standard ones of opset 18, newer ones, com.microsoft's.
 
-A graph of a later opset takes nodes of opset 18 as they are; for opset 17 see passes17.py. The
+A graph of a later opset takes nodes of opset 18 as they are; for opset 17 see opset17.py. The
 schemas of com.microsoft's operators are not in the onnx package, so the parts in use stand here.
 """
 

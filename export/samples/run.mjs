@@ -80,6 +80,8 @@ if (values.text) {
   tokenizer = new Tokenizer(read("tokenizer.json"), read("tokenizer_config.json"));
   ids = tokenizer.encode(positionals.join(" "), { add_special_tokens: false }).ids;
 }
+if (!(Number.isInteger(Number(values.tokens)) && Number(values.tokens) > 0))
+  fail(`--tokens is ${values.tokens}, a number from 1 on expected`);
 if (!ids.length) fail("there is no prompt: give token ids, or --text and a text");
 if (ids.some((id) => !Number.isInteger(id) || id < 0 || id >= count))
   fail(`a token id is not among those of this model, 0 to ${count - 1}`);

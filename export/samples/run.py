@@ -172,10 +172,17 @@ def main() -> None:
             from tokenizers import Tokenizer
         except ModuleNotFoundError:
             sys.exit("--text needs the package tokenizers: pip install tokenizers")
+        if not (FOLDER / "tokenizer.json").is_file():
+            sys.exit("this folder has no tokenizer: give token ids, without --text")
         tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
         prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in given.prompt]
     else:
-        prompts = [[int(word) for word in prompt.split()] for prompt in given.prompt]
+        words = [prompt.split() for prompt in given.prompt]
+        if not all(word.isascii() and word.isdecimal() for row in words for word in row):
+            sys.exit("a prompt is not made of token ids: give numbers, or --text and texts")
+        prompts = [[int(word) for word in row] for row in words]
+    if given.tokens < 1:
+        sys.exit(f"--tokens is {given.tokens}, at least 1 expected")
     if not all(prompts):
         sys.exit("a prompt is empty")
     model = Model(FOLDER, given.precision, given.threads)

@@ -46,7 +46,7 @@ def sinusoids(positions: Tensor, width: int) -> Tensor:
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
     """
     angles = _angles(positions, width, 10000.0)
-    return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+    return torch.stack((angles.sin(), angles.cos()), dim=-1).reshape(*positions.shape, width)
 
 
 def rotary_tables(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:

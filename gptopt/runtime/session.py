@@ -46,6 +46,7 @@ Prepared = dict[str, Any]  # optional input -> onnxruntime value
 # onnxruntime's tiled attention is the faster one for float caches, the plain one for int8; the
 # variable is read while a session is opened.
 _NO_TILES = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+WEIGHTS = "session.model_external_initializers_file_folder_path"
 _SETTLED = 16  # tokens after which moving the weights, some 50 ms, will be repaid
 _ENTRIES = {
     "session.load_model_format": "ONNX",
@@ -79,6 +80,7 @@ class Session:
         *,
         file: EdgeFile = _PLAIN,
         settings: Settings | None = None,
+        weights: Path | None = None,
     ) -> None:
         """Load `path`, which must have been checked before.
 
@@ -89,6 +91,7 @@ class Session:
             threads: used where no settings are given.
             file: what is known of the file.
             settings: how the threads work.
+            weights: the folder of the graph's data, where that is not the graph's own.
 
         Raises:
             UserError: onnxruntime or the provider is not available.
@@ -99,7 +102,7 @@ class Session:
         self.provider = provider.lower()
         self.settings = settings or Settings(threads)
         name, self.device = _provider(ort, self.provider)
-        self._session = _open(ort, path, name, self.settings, file)
+        self._session = _open(ort, path, name, self.settings, file, weights)
         let_go(path.with_name(path.name + "_data"))
         self.past, self.present = _cache_names(config)
         self.logits_dtype, self.cache_dtype = _check_contract(self._session, path, config, file)
@@ -254,12 +257,16 @@ def _provider(ort: Any, name: str) -> tuple[str, str]:
     raise UserError(f"--provider {name}: {reason}{hint}; available here: {', '.join(known)}")
 
 
-def _open(ort: Any, path: Path, provider: str, settings: Settings, file: EdgeFile) -> Any:
+def _open(
+    ort: Any, path: Path, provider: str, settings: Settings, file: EdgeFile, weights: Path | None
+) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = settings.threads
     options.log_severity_level = 4  # its errors are raised: to print them as well says them twice
     for key, value in (settings.entries() | _ENTRIES).items():
         options.add_session_config_entry(key, value)
+    if weights is not None:
+        options.add_session_config_entry(WEIGHTS, str(weights.absolute()))
     try:
         # Without its fallback, which would try the CPU and print to stdout.
         with _environment(_NO_TILES, "1" if file.cache_dtype == "int8" else None):

@@ -1,6 +1,7 @@
 """What judges clients, on clients that are made up; none needs to be installed."""
 
 import json
+import shutil
 import sys
 import tomllib
 from pathlib import Path
@@ -111,6 +112,23 @@ def test_a_file_that_rounds_is_given_the_largest_error_of_all_cases(exported, tm
     assert max(each.budget for each in said) < 1.02 * min(each.budget for each in said)
     lie = made_up(HONEST.replace("first.astype", "(1.1 * first).astype"), tmp_path)
     assert not any(each.passed for each in check_clients(folder, exported[1], [lie], tokens=8))
+
+
+def test_a_graph_that_chooses_tokens_itself_is_played_like_any_other(exported, tmp_path):
+    folder = tmp_path / "greedy"
+    export_model(exported[1], Tokenizer.load(exported[0]), folder, plan=Plan(tokens="greedy"))
+    said = check_clients(folder, exported[1], [made_up(HONEST, tmp_path)], tokens=8)
+    assert all(each.passed for each in said), client_table(said)
+
+
+def test_a_model_that_labels_texts_is_none_for_clients(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "labels")
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["gptopt"]["labels"] = ["good", "bad"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match="labels texts, and clients are asked for tokens"):
+        check_clients(folder, exported[1], [made_up(HONEST, tmp_path)])
 
 
 def test_what_a_target_does_not_do_is_listed_and_no_failure(exported, tmp_path):

@@ -246,7 +246,9 @@ def test_onnxruntime_itself_switches_the_files(root, folder):
     [
         ("gpt2-one", "expected NAME=FOLDER"),
         ("a={root}/gpt2-one,a={root}/gpt2-two", "each name once"),
+        ("a={root}/gpt2-one,A={root}/gpt2-two", "whatever its capitals"),
         ("a b={root}/gpt2-one", "is no name for one"),
+        ("Con={root}/gpt2-one", "no device of Windows"),
         ("x_fp16={root}/gpt2-one", "is no name for one"),
         ("a={root}/gpt2", "holds a whole model"),
         ("a={root}/nowhere", "no such folder"),

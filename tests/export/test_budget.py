@@ -165,6 +165,42 @@ def test_the_best_mix_within_bytes_or_a_speed_is_found():
     assert found.measured[-1].tokens_per_s >= 400
 
 
+def test_a_speed_is_measured_and_not_foretold():
+    """A token costs more than the bytes that it reads, so a first measurement misleads."""
+    front = [Mix({}, size * 10**6, 1 / size) for size in (20, 40, 60, 80, 100)]
+
+    def affine(place):
+        return 1000 / (5 + front[place].bytes / 1e7)
+
+    for wanted in (95, 110, 130, 140):
+        build, _ = built(front, lambda place: 0.0)
+        found = search(
+            front, Budget("tokens/s", wanted),
+            lambda place, b=build: dataclasses.replace(b(place), tokens_per_s=affine(place)),
+        )  # fmt: skip
+        assert found.place == max(i for i in range(5) if affine(i) >= wanted)
+
+
+def test_the_smallest_mix_is_tried_before_a_budget_is_refused():
+    build, _ = built(LINE, lambda place: 0.0)
+
+    def cliff(place):
+        return dataclasses.replace(build(place), tokens_per_s=900.0 if place else 1100.0)
+
+    assert search(LINE, Budget("tokens/s", 1000), cliff).place == 0
+
+
+def test_bytes_beside_the_weights_may_differ_from_mix_to_mix():
+    build, calls = built(LINE, lambda place: 0.0)
+
+    def uneven(place):
+        return dataclasses.replace(build(place), bytes=LINE[place].bytes + 60 * (place % 3))
+
+    found = search(LINE, Budget("bytes", 3010), uneven)
+    assert 2800 < uneven(found.place).bytes <= 3010
+    assert len(calls) <= 7
+
+
 @pytest.mark.parametrize(
     ("budget", "message"),
     [

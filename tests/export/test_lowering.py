@@ -195,11 +195,27 @@ def test_frequencies_are_those_of_pytorch_to_the_last_bit():
         assert np.array_equal(theirs, ours.numpy())
 
 
+def test_an_empty_cache_is_reshaped_as_a_full_one():
+    """A size of 0 is a size, and not what Reshape takes by itself for "as it was"."""
+
+    def function(past):
+        B, K, P, _ = past.shape
+        return past.reshape(B * K, P, D), past.transpose(1, 2).reshape(B, P, K * D)
+
+    program = record(function, ((0, 2),), torch.randn(B, K, P, D))
+    proto = ir.to_proto(clean(translate(program, GROWING)))
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found = session.run(None, {session.get_inputs()[0].name: np.zeros((B, K, 0, D), np.float32)})
+    assert [each.shape for each in found] == [(B * K, 0, D), (B, 0, K * D)]
+
+
 def plain(ids, x):
     """All that torch.onnx is trusted with as it stands."""
     steps = torch.arange(0, ids.shape[1]).to(torch.float32).unsqueeze(-1)
     angles = steps.exp2().reciprocal() * steps / 100.0 ** torch.arange(0, 8, 2)
-    table = torch.stack([angles.sin(), -angles.cos()], dim=-1).flatten(-2)
+    table = torch.stack([angles.sin(), -angles.cos()], dim=-1).reshape(-1, 8)
     first, second = torch.embedding(x, ids).split([3, 5], dim=-1)
     joined = torch.cat([second, first], dim=-1) + table.tanh()  # (B, T, C)
     q, k = joined.view(*ids.shape, 2, 4).permute(2, 0, 1, 3).unbind(0)  # (B, T, C / 2)
@@ -214,7 +230,7 @@ def test_a_program_of_whole_operations_is_not_traced_a_second_time(again, monkey
     ids, x = torch.randint(0, 7, (B, T)), torch.randn(7, C)
     program = record(plain, ((0, 1), ()), ids, x)
     calls = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    assert calls == lowering._WHOLE | {torch.ops.aten.to.dtype}
+    assert calls == lowering._WHOLE | {torch.ops.aten.reshape.default, torch.ops.aten.to.dtype}
     traced, text = [], str(program)
     taken_apart = torch.export.ExportedProgram.run_decompositions
     monkeypatch.setattr(

@@ -13,10 +13,14 @@ from random_models import random_gpt
 import gptopt.export.package as package
 from gptopt.config import SamplingOptions
 from gptopt.errors import CheckFailed, UserError
-from gptopt.export import export_model
+from gptopt.export import export_model, prove
+from gptopt.export.bisect import locate
 from gptopt.export.targets import GROWING, PORTABLE
 from gptopt.manifest import verify_manifest
+from gptopt.precisions import find_precisions
 from gptopt.runtime import EdgeModel
+from gptopt.runtime.folder import file_marks
+from gptopt.runtime.variants import choose
 from gptopt.tokenizer import Tokenizer
 
 TEXT = ["the quick brown fox jumps over the lazy dog and runs away from the fox " * 20]
@@ -54,6 +58,33 @@ def test_the_folder_holds_these_files_and_a_manifest_of_them(exported):
         report["files"]["onnx/model.onnx_data"]
         == (folder / "onnx" / "model.onnx_data").stat().st_size
     )
+
+
+def test_a_proof_writes_nothing_into_the_folder_and_finds_its_data(exported, tmp_path, monkeypatch):
+    """Twins lie elsewhere, for a folder may be in use, or not be one's own."""
+    from gptopt.export import bisect, twin
+
+    model, _, _ = exported
+    beside = dataclasses.replace(PORTABLE, inline_limit_bytes=0)
+    plan = package.Plan(find_precisions("fp16,q8"))
+    export_model(model, None, tmp_path / "edge", target=beside, plan=plan)
+    before, written, save = file_marks(tmp_path / "edge"), [], twin.save_scratch
+
+    def watched(graph, path):
+        written.append(path)
+        assert file_marks(tmp_path / "edge") == before
+        save(graph, path)
+
+    monkeypatch.setattr(twin, "save_scratch", watched)
+    monkeypatch.setattr(bisect, "save_scratch", watched)
+    for precision in plan.precisions:
+        _, file = choose(tmp_path / "edge", precision.name)
+        path = tmp_path / "edge" / file.file
+        assert prove(path, model, cases=["prefill"], file=file).passed
+        assert locate(path, model, file=file) is None
+    assert len(written) == 6
+    assert not any(path.exists() for path in written)
+    assert file_marks(tmp_path / "edge") == before
 
 
 def test_the_runtime_says_what_the_model_says(exported, tokenizer):

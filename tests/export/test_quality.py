@@ -119,7 +119,6 @@ def test_a_cache_is_read_while_it_is_measured(model, path, ids, monkeypatch):
             self.run = watched
 
     monkeypatch.setattr(quality, "Growing", Watched)
-    monkeypatch.setattr(quality, "_WINDOW", 64)
     HeldOut(model, ids).measure(path, EdgeFile(cache="shared"), ANYTHING)
     assert set(fed) == {(32, False), (32, True)}
 

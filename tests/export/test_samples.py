@@ -111,9 +111,15 @@ def test_it_stops_where_the_text_ends(folder, tmp_path):
         (["1 2 300"], "a token id is not among those of this model, 0 to 299"),
         ([" ".join(["1"] * 32)], "a prompt has 32 tokens, this model reads up to 32"),
         ([""], "a prompt is empty"),
+        (["Once upon a time"], "a prompt is not made of token ids: give numbers, or --text"),
+        (["--text", "a word"], "this folder has no tokenizer: give token ids"),
+        (["--tokens", "0", "1 2"], "--tokens is 0, at least 1 expected"),
     ],
 )
-def test_what_is_wrong_is_one_line(folder, words, message):
+def test_what_is_wrong_is_one_line(folder, words, message, tmp_path):
+    if "no tokenizer" in message:
+        folder = shutil.copytree(folder, tmp_path / "bare")
+        (folder / "tokenizer.json").unlink()
     done = python(folder, *words)
     assert done.returncode == 1
     assert done.stdout == ""

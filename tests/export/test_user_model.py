@@ -131,6 +131,8 @@ class Wrong(Model):
         output = super().forward(ids, **keywords)
         if self.fault == "values" and int(ids.sum()) > 3:
             return output
+        if self.fault == "cache":
+            return Output(output.logits, output.present and output.present[:-1])
         if self.fault == "operation":
             return Output(torch.linalg.svd(output.logits).U, output.present)
         return output
@@ -138,7 +140,11 @@ class Wrong(Model):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [("values", "cannot record it"), ("operation", "cannot be written as ONNX")],
+    [
+        ("values", "cannot record it"),
+        ("operation", "cannot be written as ONNX"),
+        ("cache", r"has \d outputs, its config asks for 7: scores, and"),
+    ],
 )
 def test_what_cannot_be_a_graph_is_one_line(fault, message, tmp_path):
     with pytest.raises(UserError, match=message) as caught:

@@ -60,9 +60,7 @@ async function generate(ort, session, prompts, side, tokens, cache) {
       return out.logits.data.subarray(begin, begin + V);
     });
     first ??= scores.map((row) => Array.from(row));
-    past = {};
-    for (const name of session.outputNames)
-      if (name !== "logits") past[name.replace("present", "past_key_values")] = out[name];
+    for (const name of Object.keys(past)) past[name] = out[name.replace("past_key_values", "present")];
     ids = scores.map((row) => [likeliest(row)]);
     ids.forEach(([id], row) => chosen[row].push(id));
     positions = mask.map((row) => [row.reduce((sum, each) => sum + each)]);

@@ -50,9 +50,9 @@ def generate(session: Any, prompts: list[list[int]], side: str, tokens: int, cac
         if tokens == 0:
             scored = [out["logits"][row, : len(prompt)] for row, prompt in enumerate(prompts)]
             return [[] for _ in prompts], [np.float32(each).ravel().tolist() for each in scored]
-        scores = out.pop("logits")[rows, last]
+        scores = out["logits"][rows, last]
         first = scores if first is None else first
-        past = {name.replace("present", "past_key_values"): out[name] for name in out}
+        past = {name: out[name.replace("past_key_values", "present")] for name in past}
         ids = scores.argmax(1)[:, None]
         position = mask.sum(1, keepdims=True)
         mask = np.pad(mask, ((0, 0), (0, 1)), constant_values=1)

@@ -177,10 +177,10 @@ def main() -> None:
         tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
         prompts = [tokenizer.encode(text, add_special_tokens=False).ids for text in given.prompt]
     else:
-        words = [prompt.split() for prompt in given.prompt]
-        if not all(word.isascii() and word.isdecimal() for row in words for word in row):
+        rows = [prompt.split() for prompt in given.prompt]
+        if not all(word.isascii() and word.isdecimal() for row in rows for word in row):
             sys.exit("a prompt is not made of token ids: give numbers, or --text and texts")
-        prompts = [[int(word) for word in row] for row in words]
+        prompts = [[int(word) for word in row] for row in rows]
     if given.tokens < 1:
         sys.exit(f"--tokens is {given.tokens}, at least 1 expected")
     if not all(prompts):

@@ -22,12 +22,13 @@ setup: .venv/.ready
 demo: setup
 	$(BIN)/gptopt demo --out demo --force
 
+# Tests of a file stay in one process, for they share what its fixtures have made.
 test: setup
-	$(TEST_ENV) $(BIN)/pytest -n 2 -m 'not slow'
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m 'not slow'
 	$(INTERPRET) $(BIN)/pytest -n 2 -m 'not slow' tests/kernels/triton
 
 test-all: setup
-	$(TEST_ENV) $(BIN)/pytest -n 2
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
 	$(INTERPRET) $(BIN)/pytest -n 2 tests/kernels/triton
 
 # The programs that exported folders run in, one environment each, in .clients or $GPTOPT_CLIENTS; they

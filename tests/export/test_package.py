@@ -60,11 +60,11 @@ def test_the_folder_holds_these_files_and_a_manifest_of_them(exported):
     )
 
 
-def test_a_proof_writes_nothing_into_the_folder_and_finds_its_data(exported, tmp_path, monkeypatch):
+def test_a_proof_writes_nothing_into_the_folder_and_finds_its_data(tmp_path, monkeypatch):
     """Twins lie elsewhere, for a folder may be in use, or not be one's own."""
     from gptopt.export import bisect, twin
 
-    model, _, _ = exported
+    model = random_gpt(vocab_size=64, block_size=16, n_layer=1)
     beside = dataclasses.replace(PORTABLE, inline_limit_bytes=0)
     plan = package.Plan(find_precisions("fp16,q8"))
     export_model(model, None, tmp_path / "edge", target=beside, plan=plan)

@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from gptopt.kernels import StaticCache, attention, cross_entropy, dropout, ffn, layernorm, rotary
+from gptopt.kernels import (
+    StaticCache,
+    attention,
+    cross_entropy,
+    dropout,
+    ffn,
+    layernorm,
+    library,
+    rotary,
+)
 from gptopt.kernels import attention_decode as decode
 
 B, H, K, T, P, D, C, F, V = 2, 4, 2, 3, 2, 8, 6, 10, 12
@@ -47,6 +56,15 @@ def test_attention_decode(path):
     out = decode(q, k, k, cache[0], cache.lengths, alibi_slopes=torch.empty(H, device="meta"))
     assert out.shape == q.shape
     assert out.device.type == "meta"
+
+
+def test_a_kernel_that_cannot_run_here_is_in_nobodys_way(monkeypatch):
+    """Where there is no GPU, kernels are imported to be compiled for one."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    monkeypatch.setitem(library._BODIES, "rotary", None)
+    library._plain_keys.cache_clear()
+    q, k, table = torch.randn(B, H, T, D), torch.randn(B, K, T, D), torch.randn(1, T, 3)
+    assert rotary(q, k, table, table)[0].shape == q.shape
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms"])

@@ -208,7 +208,7 @@ class _Watch(TorchDispatchMode):
     """Sees every matrix product, and reports those with a known weight."""
 
     def __init__(self, places: dict[tuple[int, int], str], sums: _Sums) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._places = places
         self._sums = sums
 

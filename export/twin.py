@@ -213,7 +213,7 @@ class Rounding(TorchDispatchMode):
     def __init__(
         self, model: nn.Module, copied: nn.Module, held: Held, *, inputs: bool, ranges: Ranges
     ) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self._inputs, self._ranges = inputs, ranges
         self._blocks: dict[tuple[int, int], tuple[str, int]] = {}
         self._tables: dict[tuple[int, int], Tensor] = {}

@@ -22,7 +22,7 @@ class Meter(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
         self.held = self.peak = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
